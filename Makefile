@@ -1,0 +1,43 @@
+# Each command sets up what it needs: a virtual environment with the pinned versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-thorough lint format types setup clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to demo and test.'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,test]'
+	@touch $(READY)
+
+setup: $(READY)  ## make the virtual environment, nothing else
+
+demo: $(READY)  ## fine-tune the pretrained model with and without GMixout: table and picture in results/
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-thorough: $(READY)  ## run the tests with ten times the generated examples
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(READY)  ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(READY)  ## put files into format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(READY)  ## check types
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

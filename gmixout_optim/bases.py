@@ -1,0 +1,151 @@
+"""What the library knows about the optimizers it wraps, and how it enters their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Closure = Callable[[], Any]
+Fresh = Callable[[dict[str, Any]], float | Tensor]
+
+
+# Optimizers whose update is element-wise: they may work on packed vectors. Each entry maps the state tensors
+# that do not start at zero to what they start at, as a function of the parameter group.
+ELEMENTWISE: dict[type[Optimizer], dict[str, Fresh]] = {
+    torch.optim.Adadelta: {},
+    torch.optim.Adagrad: {"sum": lambda group: group["initial_accumulator_value"]},
+    torch.optim.Adam: {},
+    torch.optim.AdamW: {},
+    torch.optim.Adamax: {},
+    torch.optim.ASGD: {"eta": lambda group: group["lr"], "mu": lambda group: 1.0},
+    torch.optim.NAdam: {"mu_product": lambda group: 1.0},
+    torch.optim.RAdam: {},
+    torch.optim.RMSprop: {},
+    torch.optim.Rprop: {"step_size": lambda group: group["lr"]},
+    torch.optim.SGD: {},
+}
+
+# Optimizers known to need whole tensors, and why.
+NOT_ELEMENTWISE: dict[type[Optimizer], str] = {
+    torch.optim.Adafactor: "its second moment is factored over the rows and columns of a matrix",
+    torch.optim.LBFGS: "it holds on to the model's parameters and treats them as one vector",
+    torch.optim.Muon: "it orthogonalises whole matrices",
+}
+
+# Optimizers that cannot train mixed parameters at all, and why.
+REFUSED: dict[type[Optimizer], str] = {
+    torch.optim.SparseAdam: "it takes sparse gradients only, and a mask of a sparse gradient is not defined here; "
+    "use torch.optim.Adam with dense gradients",
+}
+
+# State that a tensor has once, whatever its shape (a parameter without dimensions has per-cell state of the same shape).
+_SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product"})
+
+# Optimizers that keep the state of all parameters under one of them.
+_SHARED_STATE: tuple[type[Optimizer], ...] = (torch.optim.LBFGS,)
+
+
+def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
+    """The base's ``step`` with the base's own hooks, beneath torch's global ones.
+
+    Global step hooks belong to the step that the user called, the wrapper's: entered from above they would
+    fire twice.
+    """
+    args: tuple[Any, ...] = () if closure is None else (closure,)
+    kwargs: dict[str, Any] = {}
+    for pre_hook in base._optimizer_step_pre_hooks.values():
+        changed = pre_hook(base, args, kwargs)
+        if changed is not None:
+            args, kwargs = changed
+    loss = plain_step(base)(*args, **kwargs)
+    for post_hook in base._optimizer_step_post_hooks.values():
+        post_hook(base, args, kwargs)
+    # A scheduler that was built on the base looks here for a step before its own.
+    base._opt_called = True  # type: ignore[attr-defined]
+    return loss
+
+
+def plain_step(base: Optimizer) -> Callable[..., Any]:
+    """The base's ``step`` without the hooks that torch puts around it."""
+    patched = base.__dict__.get("step")
+    if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
+        return patched  # somebody's own: theirs to keep
+    step = type(base).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step.__get__(base)
+
+
+def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
+    """The names of the state tensors that hold one value for each element of a parameter of ``shape``."""
+    return {
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == shape and key not in _SHARED_KEYS
+    }
+
+
+def renew_state(
+    base: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    shape: torch.Size,
+    rebuild: Callable[[Tensor, float | Tensor], Tensor],
+    carry: bool,
+) -> None:
+    """The base's state of one parameter after a redraw: fresh, or with ``carry`` fresh where a cell is new.
+
+    In place where shapes allow it, so that a compiled step finds the tensors it was compiled for. A state
+    whose fresh values are not known is dropped and made anew by the base; so is, also with ``carry``, a state
+    that is not kept per element (factored moments, a curvature history).
+
+    Args:
+        shape: shape of the per-cell state tensors.
+        rebuild: makes the new tensor from the old one and the value that new cells start at.
+    """
+    state = base.state.get(param)
+    if not state:
+        return
+    per_cell = per_cell_state(state, shape)
+    if carry:
+        droppable = any(
+            not isinstance(value, int | float | None)
+            and key not in per_cell
+            and not _is_scalar(value)
+            for key, value in state.items()
+        )
+    else:
+        # SGD's first momentum is the gradient undamped: only a missing buffer says so.
+        droppable = type(base) not in ELEMENTWISE or bool(group.get("dampening"))
+    if droppable:
+        if type(base) in _SHARED_STATE:
+            base.state.clear()
+        else:
+            del base.state[param]
+        return
+    for key, value in state.items():
+        start = fresh_value(base, group, key)
+        if key in per_cell:
+            renewed = rebuild(value, start)
+            state[key] = value.copy_(renewed) if value.shape == renewed.shape else renewed
+        elif isinstance(value, Tensor) and not carry:
+            fill_(value, start)
+
+
+def fresh_value(base: Optimizer, group: dict[str, Any], key: str) -> float | Tensor:
+    """What the base's state tensor ``key`` holds before a first step."""
+    fresh = ELEMENTWISE.get(type(base), {}).get(key)
+    return 0.0 if fresh is None else fresh(group)
+
+
+def fill_(tensor: Tensor, value: float | Tensor) -> Tensor:
+    """Fill in place with a number or a one-element tensor."""
+    return tensor.copy_(value.reshape(())) if isinstance(value, Tensor) else tensor.fill_(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1

@@ -1,0 +1,232 @@
+"""The state dict: what goes in, and what is checked before anything of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gmixout_optim.bases import ELEMENTWISE
+from gmixout_optim.layout import Slot
+from gmixout_optim.mixed_tensor import MixedTensor
+from gmixout_optim.settings import GROUP_KEYS
+
+if TYPE_CHECKING:
+    from gmixout_optim.optimizer import GMixoutOptimizer
+
+# Where a parameter's entry and a group keep what is the wrapper's: scalars in the groups and tensors in the
+# state, so that tools which know torch's format (torch.distributed.checkpoint) keep them.
+KEY = "gmixout"
+
+# What says how far the run is. The rest of the run's settings must agree.
+_PROGRESS = ("seed", "episode", "steps_in_episode")
+
+
+def parameters(optimizer: GMixoutOptimizer) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
+    """``(number, group, place in the group, parameter)`` of all parameters."""
+    number = 0
+    for group in optimizer.param_groups:
+        for place, param in enumerate(group["params"]):
+            yield number, group, place, param
+            number += 1
+
+
+def name_of(group: dict[str, Any], place: int, number: int) -> str:
+    names = group.get("param_names")
+    return names[place] if names is not None else f"parameter {number}"
+
+
+def state_dict(optimizer: GMixoutOptimizer) -> dict[str, Any]:
+    """torch's format: ``state`` by parameter number, ``param_groups`` with numbers for parameters.
+
+    A mixed tensor's entry holds the base's state of it and, under ``"gmixout"``, its value and anchor.
+    """
+    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre_hook(optimizer)
+    state: dict[Any, Any] = {
+        key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)
+    }
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} | {"params": []}
+        for group in optimizer.param_groups
+    ]
+    for group in groups:
+        group[KEY] = dict(group[KEY])
+    place_of = {
+        id(group): saved for group, saved in zip(optimizer.param_groups, groups, strict=True)
+    }
+    for number, group, _, param in parameters(optimizer):
+        place_of[id(group)]["params"].append(number)
+        entry = dict(optimizer.state.get(param, {}))
+        slot = optimizer.slot_of(param)
+        if slot is not None:
+            entry[KEY] = {"value": slot.value, "anchor": slot.anchor}
+        if entry:
+            state[number] = entry
+    result: dict[str, Any] = {"state": state, "param_groups": groups}
+    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = post_hook(optimizer, result)
+        if changed is not None:
+            result = changed
+    return result
+
+
+def load_state_dict(optimizer: GMixoutOptimizer, given: dict[str, Any]) -> None:
+    """Check all of a state dict, then take it. A ValueError leaves the optimizer as it was.
+
+    Unlike torch's, this never casts state to the parameter's dtype: anchors and values are kept exactly.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"state_dict must be a dict, got {type(given).__name__}")
+    state_dict = dict(given)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre_hook(optimizer, state_dict)
+        if changed is not None:
+            state_dict = changed
+    groups = _checked_groups(optimizer, state_dict)
+    run = groups[0][KEY]
+    state, slots = _checked_state(optimizer, state_dict, groups, run)
+
+    # All is checked: from here on nothing fails.
+    for group, loaded in zip(optimizer.param_groups, groups, strict=True):
+        own = {key: group[key] for key in ("params", "param_names") if key in group}
+        group.clear()
+        group.update({**optimizer.base.defaults, **loaded, **own, KEY: optimizer.run})
+    optimizer.run.update({key: run[key] for key in _PROGRESS})
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    optimizer.base.__setstate__(
+        {"state": optimizer.base.state, "param_groups": optimizer.base.param_groups}
+    )
+    optimizer.layout.slots = slots
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _checked_groups(
+    optimizer: GMixoutOptimizer, state_dict: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The saved groups, copied, with everything that must agree with the optimizer's checked."""
+    saved = state_dict.get("param_groups")
+    if not isinstance(saved, list) or not isinstance(state_dict.get("state"), dict):
+        raise ValueError("state_dict has no 'param_groups' list and 'state' dict: it is damaged")
+    own = optimizer.param_groups
+    if len(saved) != len(own):
+        raise ValueError(
+            f"state_dict has {len(saved)} parameter groups, this optimizer {len(own)}: it belongs to another model"
+        )
+    for place, (group, mine) in enumerate(zip(saved, own, strict=True)):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError(
+                f"parameter group {place} of state_dict has no 'params' list: it is damaged"
+            )
+        if len(group["params"]) != len(mine["params"]):
+            raise ValueError(
+                f"parameter group {place} of state_dict has {len(group['params'])} parameters, this optimizer's "
+                f"{len(mine['params'])}: it belongs to another model"
+            )
+        if not isinstance(group.get(KEY), dict):
+            raise ValueError(
+                f"parameter group {place} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. "
+                "Load it into the base before wrapping it"
+            )
+        _check_settings(group[KEY], optimizer.run, f"parameter group {place}")
+        for key in GROUP_KEYS:
+            if group.get(key) != mine[key]:
+                raise ValueError(
+                    f"state_dict has {key}={group.get(key)!r} in parameter group {place}, this optimizer "
+                    f"{key}={mine[key]!r}: build it with the settings of the run that was saved"
+                )
+        if group[KEY] != saved[0][KEY]:
+            raise ValueError(
+                f"parameter group {place} of state_dict is at another step than group 0: it is damaged"
+            )
+    return deepcopy(saved)
+
+
+def _check_settings(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
+    if saved.get("version") != own["version"]:
+        raise ValueError(
+            f"state_dict has format version {saved.get('version')!r}, this library reads version {own['version']}"
+        )
+    for key in _PROGRESS:
+        if type(saved.get(key)) is not int or saved[key] < 0:
+            raise ValueError(f"state_dict has {key}={saved.get(key)!r} in {where}: it is damaged")
+    for key, value in own.items():
+        if key not in _PROGRESS and saved.get(key) != value:
+            raise ValueError(
+                f"state_dict has {key}={saved.get(key)!r}, this optimizer {key}={value!r}: build it with the "
+                "settings of the run that was saved"
+            )
+
+
+def _checked_state(
+    optimizer: GMixoutOptimizer,
+    state_dict: dict[str, Any],
+    groups: list[dict[str, Any]],
+    run: dict[str, Any],
+) -> tuple[dict[Any, Any], dict[MixedTensor, Slot]]:
+    """Copies of the saved state, keyed by parameter, and the slots of mixed tensors."""
+    numbers = [number for group in groups for number in group["params"]]
+    owners = {
+        number: (group, place, param)
+        for number, (_, group, place, param) in zip(numbers, parameters(optimizer), strict=True)
+    }
+    packed = run["layout"] == "packed"
+    state: dict[Any, Any] = {}
+    slots: dict[MixedTensor, Slot] = {}
+    for number, entry in state_dict["state"].items():
+        if number not in owners:
+            if isinstance(number, int):
+                raise ValueError(
+                    f"state_dict has a state for parameter {number}, which is in none of its groups: it is damaged"
+                )
+            state[number] = deepcopy(entry)
+            continue
+        group, place, param = owners[number]
+        name = name_of(group, place, number)
+        if not isinstance(entry, dict):
+            raise ValueError(f"the state of {name} in state_dict is no dict: it is damaged")
+        tensor = optimizer.mixed.get(param)
+        if (KEY in entry) > (tensor is not None):
+            raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
+        if packed and tensor is not None and KEY not in entry:
+            raise ValueError(f"{name} is mixed here and was not in the run that was saved")
+        shape = param.shape
+        if tensor is not None and KEY in entry:
+            index = tensor.address(tensor.draw(run["seed"], run["episode"], run["sampler"]))
+            slot = slots[tensor] = optimizer.layout.restored(tensor, index, entry[KEY])
+            shape = slot.value.shape if packed else shape
+        of_base = {key: value for key, value in entry.items() if key != KEY}
+        if of_base:
+            state[param] = {
+                key: _fitting_state(optimizer, name, key, value, param, shape)
+                for key, value in of_base.items()
+            }
+    return state, slots
+
+
+def _fitting_state(
+    optimizer: GMixoutOptimizer, name: str, key: str, value: Any, param: Tensor, shape: Any
+) -> Any:
+    """A copy of one entry of the base's state where the base keeps it."""
+    if not isinstance(value, Tensor):
+        return deepcopy(value)
+    if type(optimizer.base) in ELEMENTWISE and value.ndim > 0 and value.shape != shape:
+        raise ValueError(
+            f"state_dict holds {key!r} of {name} with shape {tuple(value.shape)}, but this optimizer needs "
+            f"{tuple(shape)}: it belongs to another model or other settings"
+        )
+    # torch keeps step counts on the host unless the step runs on the device.
+    stays = key == "step" and value.device.type == "cpu" and not _steps_on_device(optimizer, param)
+    return value.detach().to("cpu" if stays else param.device, copy=True)
+
+
+def _steps_on_device(optimizer: GMixoutOptimizer, param: Tensor) -> bool:
+    return any(
+        bool(group.get("capturable") or group.get("fused"))
+        for group in optimizer.param_groups
+        if any(param is known for known in group["params"])
+    )

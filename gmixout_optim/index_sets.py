@@ -1,0 +1,282 @@
+"""Counter-based index sets: which cells of a tensor are active in an episode.
+
+Whether a cell is active is a pure function of ``(seed, tensor, episode, global cell index)``. Nothing is
+drawn from a generator with a state, so the same set comes out on every device, on every rank, eager or
+compiled, for a whole tensor or for a shard of it, and a checkpoint needs a seed and a counter only.
+
+The randomness is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"): a 64-bit finaliser (variant 13 of Stafford's) over a counter that advances by the golden
+ratio, started at a key that is itself hashed from ``(seed, tensor, episode)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Sampler = Literal["stratified", "bernoulli"]
+
+SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
+
+# Cell indices are stored as int32, and the products below stay inside int64.
+MAX_CELLS = 2**31 - 1
+
+# On a CPU the chunks stay in cache (several times faster than whole tensors); on a GPU launches are what costs.
+_CPU_CHUNK = 1 << 17
+
+# The set of draws that one key owns: counter 0 places the strata, counter i + 1 belongs to stratum or cell i.
+_ROTATION_COUNTER = 0
+_FIRST_COUNTER = 1
+
+
+def _signed(x: int) -> int:
+    """The 64-bit pattern of ``x`` as the int64 that torch holds it in."""
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >> 63 else x
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _finalise_(x: Tensor) -> Tensor:
+    """SplitMix64's output function, in place on an int64 tensor."""
+    shifted = torch.empty_like(x)
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+        # torch shifts arithmetically: the mask makes it logical.
+        torch.bitwise_right_shift(x, bits, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (64 - bits)) - 1))
+        if factor != 1:
+            x.mul_(factor)
+    return x
+
+
+def _bits(key: Tensor | int, counter: Tensor) -> Tensor:
+    """64 random bits (int64) for each counter of the stream that ``key`` starts."""
+    return _finalise_((counter * _GOLDEN).add_(key))
+
+
+def _below(bits: Tensor, bound: Tensor | int) -> Tensor:
+    """Uniform integers in [0, bound) for bound < 2**31, from the upper half of the bits (multiply and shift)."""
+    return (((bits >> 32) & 0xFFFFFFFF) * bound) >> 32
+
+
+def episode_key(seed: int, tensor: int, episode: int) -> int:
+    """The key of one tensor's stream in one episode, as an int64 value.
+
+    The three numbers enter one after the other, each through the finaliser, so that neighbouring seeds,
+    tensors and episodes start at unrelated places of the one sequence of period 2**64.
+    """
+    key = torch.zeros((), dtype=torch.int64)
+    for word in (seed, tensor, episode):
+        key = _finalise_(key + _signed((word + 1) * _GOLDEN))
+    return int(key)
+
+
+def active_count(cells: int, density: float) -> int:
+    """The size of a stratified set, ``max(1, round(density * cells))``."""
+    return min(cells, max(1, round(density * cells)))
+
+
+class _Strata:
+    """``size`` consecutive integer strata of ``range(cells)``, their lengths differing by at most one.
+
+    Stratum j starts at ``(j * step) >> shift``, a fixed-point form of ``floor(j * cells / size)`` that needs no
+    division and cannot overflow for ``cells`` up to :data:`MAX_CELLS`.
+    """
+
+    def __init__(self, cells: int, size: int) -> None:
+        self.cells, self.size = cells, size
+        self.shift = 62 - cells.bit_length()
+        self.step = -((-cells << self.shift) // size)
+
+    def start(self, j: int) -> int:
+        return (j * self.step) >> self.shift
+
+    def of(self, position: int) -> int:
+        """The stratum that holds ``position``."""
+        j = position * self.size // self.cells
+        while self.start(j) > position:
+            j -= 1
+        while self.start(j + 1) <= position:
+            j += 1
+        return j
+
+    def picks(self, j: Tensor, key: Tensor | int) -> Tensor:
+        """One position inside each stratum ``j`` (int64), uniform."""
+        start = (j * self.step) >> self.shift
+        length = ((j * self.step + self.step) >> self.shift) - start
+        return start + _below(_bits(key, j + _FIRST_COUNTER), length)
+
+
+def stratified_cells(
+    order: Tensor, key: Tensor | int, first: Tensor | int, rotation: Tensor | int, strata: _Strata
+) -> Tensor:
+    """The active cells of the circularly consecutive strata ``first + order``, as int32.
+
+    Tensor arithmetic only, with every per-episode number allowed to be a 0-d tensor: compiled once, it serves
+    every episode.
+    """
+    j = order + first
+    j = torch.where(j >= strata.size, j - strata.size, j)
+    cell = strata.picks(j, key) + rotation
+    return torch.where(cell >= strata.cells, cell - strata.cells, cell).to(torch.int32)
+
+
+def bernoulli_mask(cell: Tensor, key: Tensor | int, density: float) -> Tensor:
+    """Whether each cell (int64 global indices) is active, independently with probability ``density``."""
+    threshold = min(int(density * 2.0**64) - 2**63, 2**63 - 1)
+    return _bits(key, cell + _FIRST_COUNTER) < threshold
+
+
+def active_cells(
+    cells: int,
+    density: float,
+    *,
+    seed: int,
+    tensor: int,
+    episode: int,
+    sampler: Sampler = "stratified",
+    start: int = 0,
+    stop: int | None = None,
+    device: torch.device | str | None = None,
+    kernel: Callable[..., Tensor] = stratified_cells,
+) -> Tensor:
+    """The active cells of one tensor in one episode that lie in ``range(start, stop)``.
+
+    Args:
+        cells: number of cells of the whole tensor, at most 2**31 - 1.
+        density: probability d = 1 - p that a cell is active, in (0, 1].
+        seed: the run's seed.
+        tensor: the number of the tensor in its optimizer.
+        episode: the number of the episode.
+        sampler: ``"stratified"``: exactly ``max(1, round(d * cells))`` cells of the whole tensor, one from
+            each of as many strata of the cell range, the strata rotated by a random offset, so that every
+            cell is active with the same probability; ``"bernoulli"``: each cell independently.
+        start, stop: the part of the cells asked for (a shard); the whole tensor without. A part is exactly
+            the intersection of the whole set with the range, and costs in proportion to its length.
+        device: where the indices are made.
+        kernel: :func:`stratified_cells` or a compiled form of it.
+
+    Returns:
+        int32 tensor of global cell indices, sorted and unique.
+    """
+    stop = cells if stop is None else stop
+    if not 0 <= start <= stop <= cells <= MAX_CELLS:
+        raise ValueError(
+            f"active_cells needs 0 <= start <= stop <= cells <= {MAX_CELLS}, got start={start}, stop={stop}, "
+            f"cells={cells}; a tensor with more cells needs a wider granularity"
+        )
+    if start == stop:
+        return torch.empty(0, dtype=torch.int32, device=device)
+    key = episode_key(seed, tensor, episode)
+    if sampler == "bernoulli":
+        return _active_bernoulli(key, density, start, stop, device)
+    strata = _Strata(cells, active_count(cells, density))
+    rotation = int(_below(_bits(key, torch.tensor(_ROTATION_COUNTER)), cells))
+    first, count = _strata_in_range(strata, key, rotation, start, stop)
+    if kernel is not stratified_cells:
+        order = torch.arange(count, device=device)
+        numbers = torch.tensor([key, first, rotation], device=device)
+        return kernel(order, *numbers.unbind(), strata)
+    pieces = [
+        stratified_cells(order, key, first, rotation, strata) for order in _chunks(0, count, device)
+    ]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=device)
+
+
+def active_cells_in_block(
+    shape: Sequence[int],
+    density: float,
+    *,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    seed: int,
+    tensor: int,
+    episode: int,
+    sampler: Sampler = "stratified",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The active cells inside a rectangular block of a tensor whose cells form a grid of ``shape``.
+
+    Cells are numbered in row-major order over the grid. ``offsets`` and ``sizes`` (as long as ``shape``) place
+    the block. The other arguments are those of :func:`active_cells`.
+
+    Returns:
+        int32 tensor of row-major cell indices *inside the block*, sorted and unique: exactly the part of the
+        whole set that the block holds.
+    """
+    if not len(shape) == len(offsets) == len(sizes) or any(
+        not 0 <= o <= o + s <= n for n, o, s in zip(shape, offsets, sizes, strict=True)
+    ):
+        raise ValueError(
+            f"the block at offsets={tuple(offsets)} of sizes={tuple(sizes)} does not lie in a grid of "
+            f"shape={tuple(shape)}"
+        )
+    if prod(sizes) == 0:
+        return torch.empty(0, dtype=torch.int32, device=device)
+    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
+    last = sum((o + s - 1) * stride for o, s, stride in zip(offsets, sizes, strides, strict=True))
+    cell = active_cells(
+        prod(shape),
+        density,
+        seed=seed,
+        tensor=tensor,
+        episode=episode,
+        sampler=sampler,
+        start=first,
+        stop=last + 1,
+        device=device,
+    )
+    local = torch.zeros_like(cell)
+    inside = torch.ones_like(cell, dtype=torch.bool)
+    for stride, offset, size in zip(strides, offsets, sizes, strict=True):
+        coordinate = cell // stride - offset
+        cell = cell % stride
+        inside &= (coordinate >= 0) & (coordinate < size)
+        local = local * size + coordinate
+    return local[inside]
+
+
+def _chunks(start: int, stop: int, device: torch.device | str | None) -> list[Tensor]:
+    """``range(start, stop)`` as int64 tensors small enough for the device's cache."""
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    chunk = _CPU_CHUNK if on_cpu else max(1, stop - start)
+    return [
+        torch.arange(low, min(low + chunk, stop), device=device)
+        for low in range(start, stop, chunk)
+    ]
+
+
+def _active_bernoulli(
+    key: int, density: float, start: int, stop: int, device: torch.device | str | None
+) -> Tensor:
+    pieces = [
+        cell[bernoulli_mask(cell, key, density).nonzero().squeeze(1)].to(torch.int32)
+        for cell in _chunks(start, stop, device)
+    ]
+    return torch.cat(pieces)
+
+
+def _strata_in_range(
+    strata: _Strata, key: int, rotation: int, start: int, stop: int
+) -> tuple[int, int]:
+    """The first stratum (in circular order) and the number of strata whose picks lie in the cell range.
+
+    Only the two strata that the range's ends cut can have their pick outside, and these two are looked at on
+    the host: no device has to be asked how many cells there are.
+    """
+    low = (start - rotation) % strata.cells
+    high = low + (stop - start) - 1
+    at_low, at_high = strata.of(low), strata.of(high % strata.cells)
+    pick_low, pick_high = strata.picks(torch.tensor([at_low, at_high]), key).tolist()
+    first = at_low if pick_low >= low else at_low + 1
+    last = at_high if pick_high <= high % strata.cells else at_high - 1
+    turns = high // strata.cells
+    return first % strata.size, last + turns * strata.size - first + 1

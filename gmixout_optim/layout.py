@@ -1,0 +1,154 @@
+"""Where the wrapped optimizer works, and what a mixed tensor keeps while an episode runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gmixout_optim import mixing
+from gmixout_optim.bases import Closure
+from gmixout_optim.mixed_tensor import MixedTensor
+
+Draw = Callable[[MixedTensor], Tensor]
+
+
+@dataclass(eq=False)
+class Slot:
+    """What one mixed tensor keeps in the running episode.
+
+    Attributes:
+        index: int32, where the active cells lie in the parameter's view. Never saved: the seed gives it again.
+        value: what the wrapped optimizer trains (phi, or U), packed or dense as the layout says.
+        anchor: A, packed on the active cells or dense as the layout says.
+        placement: device and strides of the parameter that the tensors were made for.
+    """
+
+    index: Tensor
+    value: Tensor
+    anchor: Tensor
+    placement: tuple[torch.device, tuple[int, ...]]
+
+
+class Layout(ABC):
+    """The steps of the method for one way to hold the trained values.
+
+    A tensor has a slot from its first gradient on. Without one it was never trained: it sits at its anchor,
+    and there is nothing to keep.
+    """
+
+    def __init__(self, base: Optimizer, draw: Draw) -> None:
+        self.base = base
+        self.draw = draw
+        self.slots: dict[MixedTensor, Slot] = {}
+
+    @abstractmethod
+    def open(self, tensor: MixedTensor) -> Slot:
+        """The slot of a tensor whose theta = A, in the running episode."""
+
+    @abstractmethod
+    def step(self, tensors: Iterable[MixedTensor], closure: Closure | None) -> Any:
+        """One step of the base; afterwards the model computes with theta. Returns the closure's loss."""
+
+    @abstractmethod
+    def end_episode(self) -> None:
+        """Move the anchors toward the trained values."""
+
+    @abstractmethod
+    def begin_episode(self, previous: Draw, carry_state: bool) -> None:
+        """Take the redrawn index sets into use, ``previous`` giving the ones before."""
+
+    @abstractmethod
+    def reanchor(self) -> None:
+        """Take the weights now in the model as the anchor. An episode begins after it."""
+
+    @abstractmethod
+    def deployed(self, tensor: MixedTensor, slot: Slot) -> Tensor:
+        """The weights to deploy, where they can differ from the live ones: as :meth:`live` holds them."""
+
+    @abstractmethod
+    def live(self, tensor: MixedTensor, slot: Slot) -> Tensor:
+        """A copy of the part of the live weights that :meth:`show` writes."""
+
+    @abstractmethod
+    def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
+        """Write what :meth:`live` or :meth:`deployed` gave into the model."""
+
+    @abstractmethod
+    def dense_anchor(self, tensor: MixedTensor) -> Tensor:
+        """A copy of the anchor with the parameter's shape and dtype."""
+
+    @abstractmethod
+    def displacement(self, tensor: MixedTensor, slot: Slot) -> tuple[Tensor, Tensor]:
+        """What has been learned on the active cells and the anchor there: (theta - A, A), packed."""
+
+    @abstractmethod
+    def restored(self, tensor: MixedTensor, index: Tensor, saved: dict[str, Tensor]) -> Slot:
+        """A slot from the tensors of a checkpoint. Raises ValueError where they do not fit."""
+
+    def take_over(self, tensor: MixedTensor) -> None:
+        """Bring a state that the base already has of a tensor into the layout's form."""
+
+    def used_gradient(self, tensor: MixedTensor) -> Tensor:
+        """The gradient with respect to the trained values on the active cells, packed."""
+        check_gradient(tensor)
+        assert tensor.param.grad is not None
+        (active,) = mixing.gather([tensor.view(tensor.param.grad)], [self.slot(tensor).index])
+        return active * tensor.scale
+
+    def open_slots(self) -> Iterator[tuple[MixedTensor, Slot]]:
+        for tensor in list(self.slots):
+            yield tensor, self.slot(tensor)
+
+    def slot(self, tensor: MixedTensor) -> Slot:
+        """The tensor's slot, opened at its first use and moved to wherever its parameter has gone."""
+        slot = self.slots.get(tensor)
+        placement = placement_of(tensor.param)
+        if slot is None:
+            slot = self.slots[tensor] = self.open(tensor)
+        elif slot.placement != placement:
+            device = placement[0]
+            slot = self.slots[tensor] = replace(
+                slot,
+                index=tensor.address(self.draw(tensor)),
+                value=slot.value.to(device),
+                anchor=slot.anchor.to(device),
+                placement=placement,
+            )
+            state = self.base.state.get(tensor.param, {})
+            for key, item in state.items():
+                if isinstance(item, Tensor) and item.ndim > 0:
+                    state[key] = item.to(device)
+        return slot
+
+
+def placement_of(param: Tensor) -> tuple[torch.device, tuple[int, ...]]:
+    return param.device, param.stride()
+
+
+def check_gradient(tensor: MixedTensor) -> None:
+    """Raise where a gradient cannot be masked, before anything is changed."""
+    grad = tensor.param.grad
+    if grad is not None and grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {tensor.name} is sparse ({grad.layout}), which cannot be mixed: build the layer with "
+            "dense gradients (torch.nn.Embedding(..., sparse=False)) or exclude the parameter"
+        )
+
+
+def fitting(saved: dict[str, Tensor], key: str, like: Tensor, name: str) -> Tensor:
+    """A copy of a saved tensor where ``like`` is; ValueError where shape or dtype differ."""
+    tensor = saved.get(key)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"state_dict holds no tensor {key!r} for {name}: it is damaged")
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(
+            f"state_dict holds {key!r} of {name} with shape {tuple(tensor.shape)} and {tensor.dtype}, but this "
+            f"optimizer needs {tuple(like.shape)} and {like.dtype}: it belongs to another model or other settings"
+        )
+    return tensor.detach().to(like.device, copy=True)

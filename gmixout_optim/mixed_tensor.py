@@ -1,0 +1,138 @@
+"""A parameter seen as cells: granularity, memory layout and the cells that are active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gmixout_optim.index_sets import (
+    Sampler,
+    active_cells,
+    stratified_cells,
+)
+
+Granularity = Literal["element", "row"] | int
+
+
+def cell_grid(shape: torch.Size, granularity: Granularity) -> tuple[int, int]:
+    """``(cells, width)``: how many cells a tensor of ``shape`` has, and how many elements each.
+
+    A cell is one element, an output row or filter (a slice of the first dimension), or ``granularity``
+    consecutive elements in row-major order. A tensor that blocks do not divide falls back to elements.
+    """
+    numel = shape.numel()
+    if granularity == "row":
+        cells = shape[0] if shape else 1
+        return cells, numel // cells
+    width = 1 if granularity == "element" or numel % granularity else granularity
+    return numel // width, width
+
+
+@dataclass(eq=False)
+class MixedTensor:
+    """One mixed parameter: its place in the optimizer and the way it is cut into cells.
+
+    Attributes:
+        param: the model's own parameter.
+        group: its parameter group, read for the live ``anchor_decay``.
+        number: its number in the optimizer, which selects its random stream.
+        name: its name, or its number in words where the base has no names.
+        cells, width: number of cells, and elements in each.
+        density: d = 1 - p.
+        scale: s, by which the model sees what is learned: 1 / (1 - p) with rescaling, else 1.
+    """
+
+    param: Tensor
+    group: dict[str, Any]
+    number: int
+    name: str
+    cells: int
+    width: int
+    density: float
+    scale: float
+
+    @property
+    def anchor_decay(self) -> float:
+        """lam, live from the parameter group."""
+        decay: float = self.group["anchor_decay"]
+        return decay
+
+    @property
+    def fell_back_to_elements(self) -> bool:
+        granularity = self.group["granularity"]
+        return isinstance(granularity, int) and granularity != self.width
+
+    def draw(
+        self,
+        seed: int,
+        episode: int,
+        sampler: Sampler,
+        kernel: Callable[..., Tensor] = stratified_cells,
+    ) -> Tensor:
+        """The active cells in ``episode``: int32, sorted, on the parameter's device."""
+        return active_cells(
+            self.cells,
+            self.density,
+            seed=seed,
+            tensor=self.number,
+            episode=episode,
+            sampler=sampler,
+            device=self.param.device,
+            kernel=kernel,
+        )
+
+    def address(self, cell: Tensor) -> Tensor:
+        """Where the cells lie in :meth:`view` of the parameter.
+
+        In a contiguous parameter that is the cell index itself. In any other it is one storage offset for each
+        element of the cells, still in row-major order of the tensor, so that packed vectors do not depend on
+        the memory format.
+        """
+        if self.param.is_contiguous():
+            return cell
+        element = self.elements(cell)
+        offset = torch.zeros_like(element)
+        for size, stride in zip(
+            reversed(self.param.shape), reversed(self.param.stride()), strict=True
+        ):
+            offset += element % size * stride
+            element = element // size
+        return offset.to(torch.int32)
+
+    def elements(self, cell: Tensor) -> Tensor:
+        """The row-major indices (int64) of the elements of each cell, cell after cell."""
+        inside = torch.arange(self.width, device=cell.device)
+        return (cell.long()[:, None] * self.width + inside).flatten()
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as rows that :meth:`address` indexes.
+
+        Shares the tensor's memory where its strides are the parameter's; a gradient with other strides is
+        copied.
+        """
+        tensor = tensor.detach()
+        if self.param.is_contiguous():
+            flat = tensor.reshape(-1)
+            return flat if self.width == 1 else flat.view(self.cells, self.width)
+        if tensor.stride() != self.param.stride():
+            tensor = self.copy_of(tensor)
+        last = sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        return tensor.as_strided((last + 1,), (1,))
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor of the parameter's shape with the parameter's strides, so that views share its memory."""
+        return torch.empty_strided(
+            self.param.shape, self.param.stride(), dtype=tensor.dtype, device=tensor.device
+        ).copy_(tensor.detach())
+
+    def mask(self, cell: Tensor) -> Tensor:
+        """The active cells as a bool tensor of the parameter's shape."""
+        flat = torch.zeros(self.cells, 1, dtype=torch.bool, device=cell.device)
+        flat[cell.long()] = True
+        return flat.expand(self.cells, self.width).reshape(self.param.shape)

@@ -1,0 +1,61 @@
+"""The arithmetic of the method: pure functions on lists of tensors that touch the active cells only.
+
+Throughout, ``views`` are tensors of shape (cells,) or (cells, width), ``indices`` int32 tensors of shape
+(m,), and packed tensors, the active cells of a view, have shape (m,) or (m, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """The active cells of each view, packed. Shapes (cells, ...) and (m,) to (m, ...); the view's dtype."""
+    return [
+        # take is the fastest gather of single elements on a CPU, index_select of rows; both differ by 2x.
+        view.take(index.long()) if view.ndim == 1 else view.index_select(0, index)
+        for view, index in zip(views, indices, strict=True)
+    ]
+
+
+def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    """Write packed values (cast to the view's dtype) to the active cells of each view, in place."""
+    for view, index, values in zip(views, indices, packed, strict=True):
+        view.index_copy_(0, index.long(), values.to(view.dtype))
+
+
+def model_values(
+    anchors: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[float]
+) -> list[Tensor]:
+    """theta = A + s * (phi - A): what the model computes with where the wrapped optimizer trains phi.
+
+    Without rescaling (s = 1) that is phi itself, bit for bit. Shapes and dtypes of ``values``.
+    """
+    return [
+        value if scale == 1 else torch.add(anchor, value - anchor, alpha=scale)
+        for anchor, value, scale in zip(anchors, values, scales, strict=True)
+    ]
+
+
+def moved_anchors(
+    anchors: Sequence[Tensor], values: Sequence[Tensor], decays: Sequence[float]
+) -> list[Tensor]:
+    """The anchor's step at an episode's end, A <- lam * A + (1 - lam) * theta (arXiv 2510.06982).
+
+    Computed as an interpolation: each result lies between its two ends, is the anchor itself where nothing
+    was learned or lam = 1, and the trained value itself, bit for bit, for lam = 0. Shapes and dtypes of
+    ``values``.
+    """
+    return [_moved(*ends) for ends in zip(anchors, values, decays, strict=True)]
+
+
+def _moved(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
+    # At its two ends lerp would turn inf into nan.
+    if decay == 0:
+        return value.clone()
+    if decay == 1:
+        return anchor.clone()
+    return torch.lerp(anchor, value, 1 - decay)

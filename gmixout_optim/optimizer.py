@@ -1,0 +1,465 @@
+"""The optimizer wrapper: gather, base step, scatter, end of episode."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gmixout_optim import checkpoint, settings
+from gmixout_optim.bases import Closure
+from gmixout_optim.dense import DenseLayout, PersistentLayout
+from gmixout_optim.fresh_layers import warn_of_fresh_layers
+from gmixout_optim.index_sets import Sampler
+from gmixout_optim.layout import Layout, Slot
+from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
+from gmixout_optim.packed import PackedLayout
+from gmixout_optim.param_groups import matches
+from gmixout_optim.report import Report, make_report
+
+ResampleHook = Callable[["GMixoutOptimizer"], None]
+
+
+class GMixoutOptimizer(Optimizer):
+    r"""Wraps any :class:`torch.optim.Optimizer` so that a random part of the weights trains at a time.
+
+    GMixout, or Intermittent Stochastic Regularization (arXiv 2510.06982), in optimizer steps. With live weights
+    :math:`\theta`, anchor :math:`A` and active index set :math:`S` of density :math:`1 - p`, per tensor:
+
+    .. math::
+        \begin{aligned}
+            &\textbf{an episode begins with } \theta = A \textbf{ and a new } S \\
+            &\textbf{for } i = 1 \textbf{ to } k \textbf{ do} \\
+            &\hspace{5mm} \theta_S \leftarrow \textbf{base step}(\theta_S, (\nabla_\theta f)_S) \\
+            &A_S \leftarrow \lambda A_S + (1 - \lambda) \theta_S \\
+            &\theta \leftarrow A
+        \end{aligned}
+
+    Off :math:`S` the live weights are the anchor, so everything is stored and computed on :math:`S` only.
+
+    Args:
+        base (Optimizer): the optimizer that does the steps, already holding the model's parameters. Its groups
+            and its state are shared: a scheduler may hold either optimizer.
+        mask_prob (float): p, the probability in [0, 1) that a weight sits at its anchor. A group with the key
+            ``mask_prob`` has its own; with 0 its parameters are not mixed, and the base trains them as ever
+            (default: 0.9)
+        exclude (str or sequence of str): glob patterns of parameter names that are not mixed, such as
+            ``"head.*"``. The base must have been built from ``model.named_parameters()`` (default: none)
+        resample_every (int, optional): k, the length of an episode in optimizer steps; None for one episode
+            without end (default: 100)
+        anchor_decay (float): lambda in [0, 1], the weight of the old anchor in its moving average; 1 keeps the
+            pretrained weights as anchor, 0 takes all that was learned. A group with the key ``anchor_decay`` has
+            its own, which may change while training (default: 0.9)
+        residual (str): ``"episodic"``: what an episode learned moves into the anchor at its end (GMixout);
+            ``"persistent"``: the learned weights are kept whole beside the anchor, and each mask shows
+            a part of them (Mixout) (default: "episodic")
+        rescale (bool): Mixout's inverted scaling: the model computes with A + (phi - A) / (1 - p), where the
+            base trains phi (default: False)
+        granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output row or filter),
+            or a number of consecutive elements; a tensor that the number does not divide falls back to elements.
+            A group with the key ``granularity`` has its own (default: "element")
+        sampler (str): ``"stratified"``: sets of constant size, spread evenly; ``"bernoulli"``: each cell
+            independently (default: "stratified")
+        layout (str): ``"packed"``: the base works on vectors of the active values, right for element-wise
+            optimizers; ``"dense"``: on the parameters themselves, right for all; ``"auto"``: packed for optimizers
+            known to be element-wise (default: "auto")
+        carry_state (bool): keep the base's state of cells that stay active when the set is redrawn, instead of
+            a fresh start for all (default: False)
+        seed (int): selects the index sets, in [0, 2**63) (default: 0)
+        compile (bool, optional): run the packed step and the redraw as code fused by :func:`torch.compile`; None
+            for on with CUDA parameters, off otherwise (default: None)
+
+    Raises:
+        TypeError: ``base`` is not an optimizer or is a GMixoutOptimizer, or an argument has the wrong type.
+        ValueError: an argument is out of range, or the layout does not fit the base.
+
+    Example::
+
+        >>> model = torch.nn.Sequential()
+        >>> model.body, model.head = torch.nn.Linear(4, 64), torch.nn.Linear(64, 2)
+        >>> optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-4)
+        >>> optimizer = GMixoutOptimizer(optimizer, exclude="head.*")
+        >>> model.head(model.body(torch.randn(8, 4))).square().mean().backward()
+        >>> optimizer.step()
+        >>> with optimizer.eval_weights():
+        ...     _ = model.body(torch.randn(8, 4))  # validate here
+        >>> optimizer.consolidate()  # after training: the model holds the weights to deploy
+    """
+
+    base: Optimizer
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        mask_prob: float = 0.9,
+        exclude: str | Sequence[str] = (),
+        resample_every: int | None = 100,
+        anchor_decay: float = 0.9,
+        residual: settings.Residual = "episodic",
+        rescale: bool = False,
+        granularity: Granularity = "element",
+        sampler: Sampler = "stratified",
+        layout: settings.LayoutName = "auto",
+        carry_state: bool = False,
+        seed: int = 0,
+        compile: bool | None = None,
+    ) -> None:
+        settings.check_base(base, GMixoutOptimizer)
+        self.base = base
+        self.run = settings.check_run(
+            base=type(base).__name__,
+            residual=residual,
+            rescale=rescale,
+            sampler=sampler,
+            layout=layout,
+            carry_state=carry_state,
+            resample_every=resample_every,
+            seed=seed,
+        )
+        group_defaults = settings.check_group_keys(
+            dict(mask_prob=mask_prob, anchor_decay=anchor_decay, granularity=granularity)
+        )
+        self._exclude = settings.check_exclude(exclude, base.param_groups)
+        self._compile = None if compile is None else settings.check_flag("compile", compile)
+        self.mixed: dict[Tensor, MixedTensor] = {}
+        # Optimizer.__init__ would make groups and a state of its own. This sets up hooks and step alone: groups
+        # and state stay the base's, one truth whichever of the two a scheduler or a loop holds.
+        super().__setstate__({"defaults": {**base.defaults, **group_defaults}})
+        self._resample_hooks: OrderedDict[int, ResampleHook] = OrderedDict()
+        self._showing_deployed = False
+
+        mixed = self._find_mixed(base.param_groups, first_number=0)
+        self.run["layout"] = settings.resolve_layout(
+            base, layout, residual, [tensor.param for tensor in mixed]
+        )
+        self.layout = self._make_layout()
+        self._adopt(base.param_groups, mixed)
+
+    @classmethod
+    def mixout(cls, base: Optimizer, mask_prob: float = 0.9, **kwargs: Any) -> Self:
+        """Mixout (Lee et al. 2020, arXiv 1909.11299), at 0.9 High-rate Mixout (arXiv 2510.06955).
+
+        A persistent residual with inverted scaling, a new mask in every step, and the pretrained weights as
+        anchor throughout. ``kwargs`` are those of the class and override these.
+        """
+        mixout = {
+            "residual": "persistent",
+            "rescale": True,
+            "resample_every": 1,
+            "anchor_decay": 1.0,
+        }
+        return cls(base, mask_prob=mask_prob, **{**mixout, **kwargs})
+
+    @classmethod
+    def random_masking(cls, base: Optimizer, mask_prob: float = 0.9, **kwargs: Any) -> Self:
+        """One fixed random mask: a share of 1 - ``mask_prob`` of the weights is fine-tuned, the rest never moves.
+
+        ``kwargs`` are those of the class and override these.
+        """
+        masking = {"resample_every": None, "anchor_decay": 0.0}
+        return cls(base, mask_prob=mask_prob, **{**masking, **kwargs})
+
+    # One truth for hyperparameters and state, see __init__.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's parameter groups, with the keys ``mask_prob``, ``anchor_decay`` and ``granularity``."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state, keyed by the model's parameters; packed where the base works on packed vectors."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def episode(self) -> int:
+        """Index of the running episode, from 0."""
+        episode: int = self.run["episode"]
+        return episode
+
+    @property
+    def steps_in_episode(self) -> int:
+        """Steps taken in the running episode."""
+        steps: int = self.run["steps_in_episode"]
+        return steps
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """One step of the base on the active weights; ends the episode after its k-th.
+
+        Args:
+            closure (Callable, optional): evaluates the model anew and returns the loss.
+
+        Returns:
+            the closure's loss, None without one.
+
+        Raises:
+            RuntimeError: inside :meth:`eval_weights`, or where a mixed parameter has a sparse gradient. Nothing
+                has changed then.
+        """
+        self._refuse_while_showing("step()")
+        loss = self.layout.step(list(self.mixed.values()), closure)
+        self.run["steps_in_episode"] += 1
+        if self.run["resample_every"] == self.steps_in_episode:
+            self.resample()
+        return loss
+
+    @torch.no_grad()
+    def resample(self) -> None:
+        """End the episode now, move the anchor, and begin the next episode on new index sets."""
+        self._refuse_while_showing("resample()")
+        for group in self.param_groups:
+            settings.check_anchor_decay(group["anchor_decay"])
+        self.layout.end_episode()
+        self._next_episode(self.run["carry_state"])
+        for hook in list(self._resample_hooks.values()):
+            hook(self)
+
+    @torch.no_grad()
+    def resync(self) -> None:
+        """Take the weights now in the model as the anchor, after loading other weights into it, and begin a new episode.
+
+        What the running episode learned is given up, and the base starts fresh on mixed tensors (with the
+        persistent residual it keeps its state).
+        """
+        self._refuse_while_showing("resync()")
+        self.layout.reanchor()
+        self._next_episode(carry_state=False)
+
+    @torch.no_grad()
+    def consolidate(self) -> None:
+        """End the episode, also when it is only partly run, and leave the model at the weights to deploy.
+
+        Episodic: the anchor, to which the episode was added. Persistent: the mean over masks,
+        A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in it.
+        """
+        self._refuse_while_showing("consolidate()")
+        if self.run["residual"] == "persistent":
+            for tensor, slot in self.layout.open_slots():
+                self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
+        elif self.steps_in_episode > 0:
+            self.resample()
+
+    @contextmanager
+    def eval_weights(self) -> Iterator[None]:
+        """The model at exactly the weights that :meth:`consolidate` would leave, inside the block only.
+
+        For validation in mid-training. The live weights are put back bit for bit, also when the block raises.
+        ``step()`` inside raises a RuntimeError; a nested block changes nothing.
+        """
+        if self._showing_deployed:
+            yield
+            return
+        live: list[tuple[Any, Any, Tensor]] = []
+        self._showing_deployed = True
+        try:
+            with torch.no_grad():
+                for tensor, slot in self.layout.open_slots():
+                    live.append((tensor, slot, self.layout.live(tensor, slot)))
+                    self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, slot, weights in live:
+                    self.layout.show(tensor, slot, weights)
+            self._showing_deployed = False
+
+    def active_mask(self, param: Tensor) -> Tensor:
+        """Which weights of a parameter train in the running episode: bool, the parameter's shape."""
+        self._check_known(param)
+        tensor = self.mixed.get(param)
+        if tensor is None:
+            return torch.ones_like(param, dtype=torch.bool)
+        return tensor.mask(self._draw(tensor))
+
+    @torch.no_grad()
+    def anchor(self, param: Tensor) -> Tensor:
+        """A dense copy of a mixed parameter's anchor, of its shape and dtype."""
+        self._check_known(param)
+        tensor = self.mixed.get(param)
+        if tensor is None:
+            raise ValueError(
+                "param is not mixed (excluded, or mask_prob=0): it has no anchor. optimizer.report() lists what is"
+            )
+        return self.layout.dense_anchor(tensor)
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """What is mixed and what is not and why, how far it has moved, and the bytes it takes; prints as a table."""
+        return make_report(self)
+
+    def register_resample_hook(self, hook: ResampleHook) -> RemovableHandle:
+        """Call ``hook(optimizer)`` after each episode's end, the next episode having begun.
+
+        Returns:
+            a handle whose ``remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self._resample_hooks)
+        self._resample_hooks[handle.id] = hook
+        return handle
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients so that the norm of those that will be used is at most ``max_norm``.
+
+        Used are the gradients of the active weights (times s with rescaling) and of parameters that are not
+        mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over all weights.
+
+        Returns:
+            the norm before clipping, a tensor without dimensions.
+        """
+        params = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        used = []
+        for param in params:
+            tensor = self.mixed.get(param)
+            used.append(param.grad if tensor is None else self.layout.used_gradient(tensor))
+        norm = get_total_norm(used, norm_type)
+        clip_grads_with_norm_(params, max_norm, norm)
+        return norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base, as :meth:`torch.optim.Optimizer.add_param_group`; it may set the group keys."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        named = bool(params) and isinstance(params[0], tuple)
+        proposed = {**param_group, "params": [param[1] if named else param for param in params]}
+        if named:
+            proposed["param_names"] = [param[0] for param in params]
+        count = sum(len(group["params"]) for group in self.param_groups)
+        mixed = self._find_mixed([proposed], first_number=count)
+        settings.resolve_layout(
+            self.base,
+            self.run["layout"],
+            self.run["residual"],
+            [tensor.param for tensor in mixed],
+        )
+        param_group["params"] = params
+        self.base.add_param_group(param_group)
+        for tensor in mixed:
+            tensor.group = param_group
+        self._adopt([param_group], mixed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of base and wrapper: exact in mid-episode, without index sets, which the seed gives again."""
+        return checkpoint.state_dict(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Go on where the optimizer that made ``state_dict`` was; load the model's weights as well.
+
+        Hyperparameters, seed and counters are taken from it.
+
+        Raises:
+            ValueError: it belongs to another model, to a bare optimizer or to other settings, or is damaged; the
+                message says what differs, and nothing has changed.
+        """
+        self._refuse_while_showing("load_state_dict()")
+        checkpoint.load_state_dict(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, hooks stay behind; so does a scheduler's patch of this instance's step.
+        left = {"step", "_resample_hooks"}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in left and not key.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_resample_hooks": OrderedDict(), **state})
+
+    def slot_of(self, param: Tensor) -> Slot | None:
+        """What the library keeps of a parameter in the running episode; None while it has never been trained."""
+        tensor = self.mixed.get(param)
+        return None if tensor is None else self.layout.slots.get(tensor)
+
+    def _draw(self, tensor: MixedTensor) -> Tensor:
+        return tensor.draw(self.run["seed"], self.episode, self.run["sampler"])
+
+    def _draw_previous(self, tensor: MixedTensor) -> Tensor:
+        return tensor.draw(self.run["seed"], self.episode - 1, self.run["sampler"])
+
+    def _next_episode(self, carry_state: bool) -> None:
+        self.run["episode"] += 1
+        self.run["steps_in_episode"] = 0
+        self.layout.begin_episode(self._draw_previous, carry_state)
+
+    def _make_layout(self) -> Layout:
+        if self.run["residual"] == "persistent":
+            return PersistentLayout(self.base, self._draw)
+        kind = PackedLayout if self.run["layout"] == "packed" else DenseLayout
+        return kind(self.base, self._draw)
+
+    def _find_mixed(self, groups: Iterable[dict[str, Any]], first_number: int) -> list[MixedTensor]:
+        """The parameters of the groups that are mixed, checked; nothing is changed."""
+        mixed = []
+        number = first_number
+        for group in groups:
+            own = {**group, **settings.check_group_keys({**self.defaults, **group})}
+            for place, param in enumerate(group["params"]):
+                name = checkpoint.name_of(group, place, number)
+                if self.reason_unmixed(own, place) is None:
+                    settings.check_parameter(name, param, own["granularity"])
+                    cells, width = cell_grid(param.shape, own["granularity"])
+                    density = 1 - own["mask_prob"]
+                    scale = 1 / density if self.run["rescale"] else 1.0
+                    mixed.append(
+                        MixedTensor(param, group, number, name, cells, width, density, scale)
+                    )
+                number += 1
+        return mixed
+
+    def reason_unmixed(self, group: dict[str, Any], place: int) -> str | None:
+        """Why the parameter at ``place`` of a group is not mixed; None where it is."""
+        names = group.get("param_names")
+        if names is not None and matches(names[place], self._exclude):
+            return "excluded"
+        if group["mask_prob"] == 0:
+            return "mask_prob is 0"
+        if group["params"][place].numel() == 0:
+            return "empty"
+        return None
+
+    def _adopt(self, groups: Iterable[dict[str, Any]], mixed: list[MixedTensor]) -> None:
+        for group in groups:
+            group.update(settings.check_group_keys({**self.defaults, **group}))
+            group["gmixout"] = self.run
+        for tensor in mixed:
+            self.mixed[tensor.param] = tensor
+            self.layout.take_over(tensor)
+        warn_of_fresh_layers(mixed)
+
+    def _check_known(self, param: Tensor) -> None:
+        if not any(param is known for group in self.param_groups for known in group["params"]):
+            raise ValueError(
+                f"param of shape {tuple(param.shape)} is not one of this optimizer's parameters"
+            )
+
+    def _refuse_while_showing(self, call: str) -> None:
+        if self._showing_deployed:
+            raise RuntimeError(
+                f"{call} inside eval_weights(): the model shows the weights to deploy there; leave the block first"
+            )

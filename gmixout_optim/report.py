@@ -1,0 +1,190 @@
+"""The report: what is mixed, how far it has moved from the anchor, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gmixout_optim.checkpoint import name_of, parameters
+
+if TYPE_CHECKING:
+    from gmixout_optim.optimizer import GMixoutOptimizer
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One parameter.
+
+    Attributes:
+        name: its name, or its number.
+        shape: its shape.
+        group: number of its parameter group.
+        mixed: whether it is mixed.
+        note: why it is not, or what is particular.
+        density: share of its cells that are active, 1.0 for an unmixed one.
+        width: elements in a cell.
+        drift: root mean square of theta - A over the active weights, relative to that of A; None where it is not
+            mixed or was not trained in this episode.
+        inactive_differing: how many inactive weights differ from the anchor, None where that is not known
+            (packed: the weights themselves are the anchor there). Anything but 0 says that the weights were
+            changed from outside: call ``resync()``.
+        state_bytes: bytes of the base's state.
+        value_bytes, anchor_bytes, index_bytes: bytes of the trained values, the anchor and the index set.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    mixed: bool
+    note: str
+    density: float
+    width: int
+    drift: float | None
+    inactive_differing: int | None
+    state_bytes: int
+    value_bytes: int
+    anchor_bytes: int
+    index_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.state_bytes + self.value_bytes + self.anchor_bytes + self.index_bytes
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :meth:`GMixoutOptimizer.report` returns; ``print`` shows a table, :meth:`to_dict` is for loggers."""
+
+    base: str
+    residual: str
+    layout: str
+    sampler: str
+    episode: int
+    steps_in_episode: int
+    tensors: list[TensorReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return asdict(self)
+
+    def total(self, part: str) -> int:
+        """Sum over tensors of one of the ``*_bytes`` (or of ``"bytes"``, all of them)."""
+        return sum(getattr(tensor, part) for tensor in self.tensors)
+
+    def __str__(self) -> str:
+        mixed = [tensor for tensor in self.tensors if tensor.mixed]
+        weights = sum(torch.Size(tensor.shape).numel() for tensor in self.tensors)
+        covered = sum(torch.Size(tensor.shape).numel() for tensor in mixed)
+        rows = [("parameter", "shape", "mixed", "density", "width", "drift", "bytes", "note")]
+        rows += [_row(tensor) for tensor in self.tensors]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            f"GMixout around {self.base}: {self.residual} residual, {self.layout} layout, {self.sampler} sampler; "
+            f"episode {self.episode}, step {self.steps_in_episode}",
+            f"{len(mixed)} of {len(self.tensors)} tensors mixed, "
+            f"{covered / max(1, weights):.1%} of {weights:,} weights",
+            *(
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+                for row in rows
+            ),
+            "bytes: "
+            + ", ".join(
+                f"{part} {self.total(part + '_bytes'):,}"
+                for part in ("state", "value", "anchor", "index")
+            )
+            + f"; in all {self.total('bytes') / max(1, weights):.2f} per weight",
+        ]
+        return "\n".join(lines)
+
+
+def make_report(optimizer: GMixoutOptimizer) -> Report:
+    run = optimizer.run
+    places = {id(group): place for place, group in enumerate(optimizer.param_groups)}
+    return Report(
+        base=run["base"],
+        residual=run["residual"],
+        layout=run["layout"],
+        sampler=run["sampler"],
+        episode=run["episode"],
+        steps_in_episode=run["steps_in_episode"],
+        tensors=[
+            _tensor_report(optimizer, number, group, place, param, places[id(group)])
+            for number, group, place, param in parameters(optimizer)
+        ],
+    )
+
+
+def _tensor_report(
+    optimizer: GMixoutOptimizer,
+    number: int,
+    group: dict[str, Any],
+    place: int,
+    param: Tensor,
+    group_number: int,
+) -> TensorReport:
+    tensor = optimizer.mixed.get(param)
+    slot = optimizer.slot_of(param)
+    note = ""
+    density, width, drift, differing = 1.0, 1, None, None
+    if tensor is None:
+        note = optimizer.reason_unmixed(group, place) or "added to the group from outside"
+    else:
+        active = optimizer.active_mask(param)
+        density = float(active.float().mean())
+        width = tensor.width
+        if tensor.fell_back_to_elements:
+            note = f"{param.numel()} elements are not a multiple of {group['granularity']}: element-wise"
+        elif not param.requires_grad:
+            note = "frozen"
+        if slot is not None:
+            moved, anchor = optimizer.layout.displacement(tensor, slot)
+            if moved.numel():
+                drift = float(moved.double().norm() / anchor.double().norm().clamp(min=1e-30))
+            if slot.anchor.shape == param.shape:
+                differing = int(((param != slot.anchor) & ~active).sum())
+    return TensorReport(
+        name=name_of(group, place, number),
+        shape=tuple(param.shape),
+        group=group_number,
+        mixed=tensor is not None,
+        note=note,
+        density=density,
+        width=width,
+        drift=drift,
+        inactive_differing=differing,
+        state_bytes=_bytes_of(optimizer.state.get(param)),
+        value_bytes=_bytes_of(slot and slot.value),
+        anchor_bytes=_bytes_of(slot and slot.anchor),
+        index_bytes=_bytes_of(slot and slot.index),
+    )
+
+
+def _row(tensor: TensorReport) -> tuple[str, ...]:
+    note = tensor.note
+    if tensor.inactive_differing:
+        note = f"{tensor.inactive_differing} inactive weights differ from the anchor: call resync()"
+    return (
+        tensor.name,
+        "x".join(map(str, tensor.shape)) or "scalar",
+        "yes" if tensor.mixed else "no",
+        f"{tensor.density:.3f}",
+        str(tensor.width),
+        "" if tensor.drift is None else f"{tensor.drift:.1e}",
+        f"{tensor.bytes:,}",
+        note,
+    )
+
+
+def _bytes_of(item: Any) -> int:
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size()
+    if isinstance(item, dict):
+        return sum(map(_bytes_of, item.values()))
+    if isinstance(item, list | tuple):
+        return sum(map(_bytes_of, item))
+    return 0

@@ -1,0 +1,212 @@
+"""The settings of the wrapper: what each may be, checked before anything is changed."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED
+from gmixout_optim.index_sets import MAX_CELLS, SAMPLERS
+from gmixout_optim.mixed_tensor import Granularity, cell_grid
+
+Residual = Literal["episodic", "persistent"]
+LayoutName = Literal["auto", "packed", "dense"]
+
+# What a parameter group may set for itself, and what a state dict must agree on group by group.
+GROUP_KEYS = ("mask_prob", "anchor_decay", "granularity")
+
+# Of the state dict's format.
+VERSION = 1
+
+
+def check_mask_prob(value: Any) -> float:
+    _check_number("mask_prob", value)
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"mask_prob must be in [0, 1), got {value!r}: it is the probability that a weight sits at its anchor"
+        )
+    return float(value)
+
+
+def check_anchor_decay(value: Any) -> float:
+    _check_number("anchor_decay", value)
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"anchor_decay must be in [0, 1], got {value!r}: it is the weight of the old anchor in its moving average"
+        )
+    return float(value)
+
+
+def check_granularity(value: Any) -> Granularity:
+    if isinstance(value, str):
+        if value not in ("element", "row"):
+            raise ValueError(
+                f"granularity must be 'element', 'row' or a number of elements, got {value!r}"
+            )
+        return value  # type: ignore[return-value]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"granularity must be 'element', 'row' or an int, got {value!r} of type {type(value).__name__}"
+        )
+    if value < 1:
+        raise ValueError(f"granularity must be at least 1 element, got {value!r}")
+    return value
+
+
+def check_resample_every(value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"resample_every must be an int or None, got {value!r} of type {type(value).__name__}"
+        )
+    if value < 1:
+        raise ValueError(
+            f"resample_every must be at least 1 step, got {value!r}; None never resamples"
+        )
+    return value
+
+
+def check_seed(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"seed must be an int, got {value!r} of type {type(value).__name__}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} of type {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_base(base: Any, wrapper: type[Optimizer]) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base must be a torch.optim.Optimizer instance, got {base!r} of type {type(base).__name__}: build it "
+            "with the model's parameters first"
+        )
+    if isinstance(base, wrapper):
+        raise TypeError(f"base is already a {wrapper.__name__}: wrap an optimizer once")
+
+
+def check_run(
+    *,
+    base: str,
+    residual: Any,
+    rescale: Any,
+    sampler: Any,
+    layout: Any,
+    carry_state: Any,
+    resample_every: Any,
+    seed: Any,
+) -> dict[str, Any]:
+    """The settings of the whole run and how far it is: shared by all groups, and in every state dict."""
+    return {
+        "version": VERSION,
+        "base": base,
+        "residual": _check_choice("residual", residual, get_args(Residual)),
+        "rescale": check_flag("rescale", rescale),
+        "sampler": _check_choice("sampler", sampler, SAMPLERS),
+        "layout": _check_choice("layout", layout, get_args(LayoutName)),
+        "carry_state": check_flag("carry_state", carry_state),
+        "resample_every": check_resample_every(resample_every),
+        "seed": check_seed(seed),
+        "episode": 0,
+        "steps_in_episode": 0,
+    }
+
+
+def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The patterns, which must be able to match: against named parameters, and at least one of them."""
+    patterns = check_patterns("exclude", value)
+    if not patterns:
+        return patterns
+    if any("param_names" not in group for group in groups):
+        raise ValueError(
+            f"exclude={value!r} needs parameter names: build the base from model.named_parameters()"
+        )
+    names = [name for group in groups for name in group["param_names"]]
+    unused = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    message = f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}"
+    if len(unused) == len(patterns):
+        raise ValueError(message)
+    if unused:
+        warnings.warn(message, stacklevel=4)
+    return patterns
+
+
+def check_patterns(argument: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, str | Sequence) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{argument} must be a glob pattern or a sequence of them, got {value!r}")
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+_GROUP_CHECKS = {
+    "mask_prob": check_mask_prob,
+    "anchor_decay": check_anchor_decay,
+    "granularity": check_granularity,
+}
+
+
+def check_group_keys(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a group has for itself, checked."""
+    return {key: check(group[key]) for key, check in _GROUP_CHECKS.items()}
+
+
+def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[Tensor]) -> str:
+    """``"packed"`` or ``"dense"`` for ``"auto"``; an error for what cannot work."""
+    kind, name = type(base), type(base).__name__
+    if mixed and kind in REFUSED:
+        raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")
+    if layout == "packed" and kind in NOT_ELEMENTWISE:
+        raise ValueError(
+            f"layout='packed' does not fit base={name}: {NOT_ELEMENTWISE[kind]}; use layout='dense'"
+        )
+    has_complex = any(param.is_complex() for param in mixed)
+    if layout == "packed" and has_complex:
+        raise TypeError(
+            "layout='packed' does not take complex parameters: use layout='dense', or exclude them"
+        )
+    if residual == "persistent":
+        # Its coordinates are all of U, whatever the optimizer: there is nothing to pack.
+        return "dense"
+    if layout == "auto":
+        return "packed" if kind in ELEMENTWISE and not has_complex else "dense"
+    return layout
+
+
+def check_parameter(name: str, param: Tensor, granularity: Granularity) -> None:
+    """Raise for a parameter that cannot be mixed."""
+    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallel) cannot be mixed yet; give its group "
+            "mask_prob=0, or use DistributedDataParallel"
+        )
+    if param.layout is not None and str(param.layout) != "torch.strided":
+        raise TypeError(f"{name} has layout {param.layout}: only strided parameters can be mixed")
+    cells, _ = cell_grid(param.shape, granularity)
+    if cells > MAX_CELLS:
+        raise ValueError(
+            f"{name} has {cells} cells at granularity={granularity!r}, more than {MAX_CELLS}: use a coarser granularity"
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
