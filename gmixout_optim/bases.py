@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -55,13 +57,18 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
     Global step hooks belong to the step that the user called, the wrapper's: entered from above they would
     fire twice.
     """
-    args: tuple[Any, ...] = () if closure is None else (closure,)
+    args = () if closure is None else (closure,)
+    return with_own_hooks(base, _step_beneath_hooks(base), args)
+
+
+def with_own_hooks(base: Optimizer, step: Callable[..., Any], args: tuple[Any, ...] = ()) -> Any:
+    """``step(*args)`` between the hooks that were registered on the base."""
     kwargs: dict[str, Any] = {}
     for pre_hook in base._optimizer_step_pre_hooks.values():
         changed = pre_hook(base, args, kwargs)
         if changed is not None:
             args, kwargs = changed
-    loss = plain_step(base)(*args, **kwargs)
+    loss = step(*args, **kwargs)
     for post_hook in base._optimizer_step_post_hooks.values():
         post_hook(base, args, kwargs)
     # A scheduler that was built on the base looks here for a step before its own.
@@ -69,15 +76,18 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
     return loss
 
 
-def plain_step(base: Optimizer) -> Callable[..., Any]:
-    """The base's ``step`` without the hooks that torch puts around it."""
-    patched = base.__dict__.get("step")
+def _step_beneath_hooks(base: Optimizer) -> Callable[..., Any]:
+    patched: Callable[..., Any] | None = base.__dict__.get("step")
     if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
         return patched  # somebody's own: theirs to keep
-    step = type(base).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    return step.__get__(base)
+    step: Any = type(base).step
+    return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, base)
+
+
+def traceable_step(base: Optimizer) -> Callable[[Optimizer], Any]:
+    """The function at the bottom of the base's ``step``: torch's wrappers around it break a compiled graph."""
+    step: Callable[[Optimizer], Any] = inspect.unwrap(type(base).step)
+    return step
 
 
 def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:

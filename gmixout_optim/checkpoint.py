@@ -91,7 +91,7 @@ def load_state_dict(optimizer: GMixoutOptimizer, given: dict[str, Any]) -> None:
 
     # All is checked: from here on nothing fails.
     for group, loaded in zip(optimizer.param_groups, groups, strict=True):
-        own = {key: group[key] for key in ("params", "param_names") if key in group}
+        own: dict[str, Any] = {key: group[key] for key in ("params", "param_names") if key in group}
         group.clear()
         group.update({**optimizer.base.defaults, **loaded, **own, KEY: optimizer.run})
     optimizer.run.update({key: run[key] for key in _PROGRESS})

@@ -79,6 +79,9 @@ class _WholeParameters(Layout):
             raise
         return loss
 
+    def take_over(self, tensor: MixedTensor) -> None:
+        """Nothing to do: the base keeps its state whole."""
+
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         slot = self.slots.get(tensor)
         return (tensor.param.detach() if slot is None else slot.anchor).clone()

@@ -32,7 +32,7 @@ def looks_freshly_initialised(param: Tensor) -> bool:
     if count < 64 or not edge * bound <= largest <= bound * 1.001:
         return False
     ratio = float(weights.float().square().mean()) / (bound**2 / 3)
-    return abs(ratio - 1) < 6 * (0.8 / count) ** 0.5 + 1e-3
+    return bool(abs(ratio - 1) < 6 * (0.8 / count) ** 0.5 + 1e-3)
 
 
 @torch.no_grad()

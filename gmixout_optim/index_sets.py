@@ -20,6 +20,9 @@ from torch import Tensor
 
 Sampler = Literal["stratified", "bernoulli"]
 
+# A number that changes from episode to episode: 0-d tensors where code is compiled, so that it need not be again.
+Number = int | Tensor
+
 SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
 
 # Cell indices are stored as int32, and the products below stay inside int64.
@@ -56,12 +59,12 @@ def _finalise_(x: Tensor) -> Tensor:
     return x
 
 
-def _bits(key: Tensor | int, counter: Tensor) -> Tensor:
+def _bits(key: Number, counter: Tensor) -> Tensor:
     """64 random bits (int64) for each counter of the stream that ``key`` starts."""
     return _finalise_((counter * _GOLDEN).add_(key))
 
 
-def _below(bits: Tensor, bound: Tensor | int) -> Tensor:
+def _below(bits: Tensor, bound: Number) -> Tensor:
     """Uniform integers in [0, bound) for bound < 2**31, from the upper half of the bits (multiply and shift)."""
     return (((bits >> 32) & 0xFFFFFFFF) * bound) >> 32
 
@@ -95,40 +98,45 @@ class _Strata:
         self.shift = 62 - cells.bit_length()
         self.step = -((-cells << self.shift) // size)
 
-    def start(self, j: int) -> int:
-        return (j * self.step) >> self.shift
-
     def of(self, position: int) -> int:
         """The stratum that holds ``position``."""
         j = position * self.size // self.cells
-        while self.start(j) > position:
+        while (j * self.step) >> self.shift > position:
             j -= 1
-        while self.start(j + 1) <= position:
+        while ((j + 1) * self.step) >> self.shift <= position:
             j += 1
         return j
 
-    def picks(self, j: Tensor, key: Tensor | int) -> Tensor:
-        """One position inside each stratum ``j`` (int64), uniform."""
-        start = (j * self.step) >> self.shift
-        length = ((j * self.step + self.step) >> self.shift) - start
-        return start + _below(_bits(key, j + _FIRST_COUNTER), length)
+
+def _picks(j: Tensor, key: Number, step: Number, shift: Number) -> Tensor:
+    """One position inside each stratum ``j`` (int64), uniform."""
+    start = (j * step) >> shift
+    length = ((j * step + step) >> shift) - start
+    return _below(_bits(key, j + _FIRST_COUNTER), length).add_(start)
 
 
 def stratified_cells(
-    order: Tensor, key: Tensor | int, first: Tensor | int, rotation: Tensor | int, strata: _Strata
+    order: Tensor,
+    key: Number,
+    first: Number,
+    rotation: Number,
+    cells: Number,
+    size: Number,
+    step: Number,
+    shift: Number,
 ) -> Tensor:
     """The active cells of the circularly consecutive strata ``first + order``, as int32.
 
-    Tensor arithmetic only, with every per-episode number allowed to be a 0-d tensor: compiled once, it serves
-    every episode.
+    Tensor arithmetic only, and every number may be a 0-d tensor: compiled once, it serves all tensors and
+    episodes.
     """
     j = order + first
-    j = torch.where(j >= strata.size, j - strata.size, j)
-    cell = strata.picks(j, key) + rotation
-    return torch.where(cell >= strata.cells, cell - strata.cells, cell).to(torch.int32)
+    j = torch.where(j >= size, j - size, j)
+    cell = _picks(j, key, step, shift).add_(rotation)
+    return torch.where(cell >= cells, cell - cells, cell).to(torch.int32)
 
 
-def bernoulli_mask(cell: Tensor, key: Tensor | int, density: float) -> Tensor:
+def bernoulli_mask(cell: Tensor, key: Number, density: float) -> Tensor:
     """Whether each cell (int64 global indices) is active, independently with probability ``density``."""
     threshold = min(int(density * 2.0**64) - 2**63, 2**63 - 1)
     return _bits(key, cell + _FIRST_COUNTER) < threshold
@@ -180,13 +188,11 @@ def active_cells(
     strata = _Strata(cells, active_count(cells, density))
     rotation = int(_below(_bits(key, torch.tensor(_ROTATION_COUNTER)), cells))
     first, count = _strata_in_range(strata, key, rotation, start, stop)
+    numbers = (key, first, rotation, strata.cells, strata.size, strata.step, strata.shift)
     if kernel is not stratified_cells:
-        order = torch.arange(count, device=device)
-        numbers = torch.tensor([key, first, rotation], device=device)
-        return kernel(order, *numbers.unbind(), strata)
-    pieces = [
-        stratified_cells(order, key, first, rotation, strata) for order in _chunks(0, count, device)
-    ]
+        on_device = torch.tensor(numbers, device=device).unbind()
+        return kernel(torch.arange(count, device=device), *on_device)
+    pieces = [stratified_cells(order, *numbers) for order in _chunks(0, count, device)]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=device)
 
 
@@ -275,7 +281,9 @@ def _strata_in_range(
     low = (start - rotation) % strata.cells
     high = low + (stop - start) - 1
     at_low, at_high = strata.of(low), strata.of(high % strata.cells)
-    pick_low, pick_high = strata.picks(torch.tensor([at_low, at_high]), key).tolist()
+    pick_low, pick_high = _picks(
+        torch.tensor([at_low, at_high]), key, strata.step, strata.shift
+    ).tolist()
     first = at_low if pick_low >= low else at_low + 1
     last = at_high if pick_high <= high % strata.cells else at_high - 1
     turns = high // strata.cells

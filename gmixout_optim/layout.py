@@ -15,7 +15,8 @@ from gmixout_optim import mixing
 from gmixout_optim.bases import Closure
 from gmixout_optim.mixed_tensor import MixedTensor
 
-Draw = Callable[[MixedTensor], Tensor]
+# The active cells of a tensor in an episode; a second argument is a compiled form of the sampler.
+Draw = Callable[..., Tensor]
 
 
 @dataclass(eq=False)
@@ -91,6 +92,7 @@ class Layout(ABC):
     def restored(self, tensor: MixedTensor, index: Tensor, saved: dict[str, Tensor]) -> Slot:
         """A slot from the tensors of a checkpoint. Raises ValueError where they do not fit."""
 
+    @abstractmethod
     def take_over(self, tensor: MixedTensor) -> None:
         """Bring a state that the base already has of a tensor into the layout's form."""
 

@@ -59,3 +59,29 @@ def _moved(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
     if decay == 1:
         return anchor.clone()
     return torch.lerp(anchor, value, 1 - decay)
+
+
+def end_episode_(
+    views: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    decays: Sequence[float],
+) -> None:
+    """Move the packed anchors and write them to the active cells of the views: theta = A everywhere."""
+    for view, index, value, anchor, decay in zip(
+        views, indices, values, anchors, decays, strict=True
+    ):
+        scatter_([view], [index], [_moved(anchor, value, decay)])
+
+
+def begin_episode_(
+    views: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+) -> None:
+    """Take the active cells of the views as packed anchors and as the values to train, in place."""
+    for active, value, anchor in zip(gather(views, indices), values, anchors, strict=True):
+        anchor.copy_(active)
+        value.copy_(active)

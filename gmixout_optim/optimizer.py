@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
 from gmixout_optim.packed import PackedLayout
 from gmixout_optim.param_groups import matches
 from gmixout_optim.report import Report, make_report
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ResampleHook = Callable[["GMixoutOptimizer"], None]
 
@@ -170,7 +173,7 @@ class GMixoutOptimizer(Optimizer):
     # One truth for hyperparameters and state, see __init__.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups, with the keys ``mask_prob``, ``anchor_decay`` and ``granularity``."""
         return self.base.param_groups
 
@@ -179,7 +182,7 @@ class GMixoutOptimizer(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's state, keyed by the model's parameters; packed where the base works on packed vectors."""
         return self.base.state
 
@@ -200,7 +203,7 @@ class GMixoutOptimizer(Optimizer):
         return steps
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One step of the base on the active weights; ends the episode after its k-th.
 
         Args:
@@ -367,7 +370,7 @@ class GMixoutOptimizer(Optimizer):
         return checkpoint.state_dict(self)
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the optimizer that made ``state_dict`` was; load the model's weights as well.
 
         Hyperparameters, seed and counters are taken from it.
@@ -396,8 +399,8 @@ class GMixoutOptimizer(Optimizer):
         tensor = self.mixed.get(param)
         return None if tensor is None else self.layout.slots.get(tensor)
 
-    def _draw(self, tensor: MixedTensor) -> Tensor:
-        return tensor.draw(self.run["seed"], self.episode, self.run["sampler"])
+    def _draw(self, tensor: MixedTensor, *kernel: Callable[..., Tensor]) -> Tensor:
+        return tensor.draw(self.run["seed"], self.episode, self.run["sampler"], *kernel)
 
     def _draw_previous(self, tensor: MixedTensor) -> Tensor:
         return tensor.draw(self.run["seed"], self.episode - 1, self.run["sampler"])
@@ -410,8 +413,10 @@ class GMixoutOptimizer(Optimizer):
     def _make_layout(self) -> Layout:
         if self.run["residual"] == "persistent":
             return PersistentLayout(self.base, self._draw)
-        kind = PackedLayout if self.run["layout"] == "packed" else DenseLayout
-        return kind(self.base, self._draw)
+        if self.run["layout"] == "dense":
+            return DenseLayout(self.base, self._draw)
+        static_shapes = self.run["sampler"] == "stratified"
+        return PackedLayout(self.base, self._draw, self._compile, static_shapes)
 
     def _find_mixed(self, groups: Iterable[dict[str, Any]], first_number: int) -> list[MixedTensor]:
         """The parameters of the groups that are mixed, checked; nothing is changed."""

@@ -9,9 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import Closure, enter_step, fill_, per_cell_state, renew_state
+from gmixout_optim.bases import (
+    ELEMENTWISE,
+    Closure,
+    enter_step,
+    fill_,
+    per_cell_state,
+    renew_state,
+    traceable_step,
+    with_own_hooks,
+)
+from gmixout_optim.index_sets import stratified_cells
 from gmixout_optim.layout import Draw, Layout, Slot, check_gradient, fitting, placement_of
 from gmixout_optim.mixed_tensor import MixedTensor
 
@@ -28,6 +39,18 @@ class PackedLayout(Layout):
     model's own weights are the anchor.
     """
 
+    def __init__(
+        self, base: Optimizer, draw: Draw, compile: bool | None, static_shapes: bool
+    ) -> None:
+        super().__init__(base, draw)
+        self.compile = compile
+        self.static_shapes = static_shapes
+        self._compiled: Kernels | None = None
+        self._lrs: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
+
     def open(self, tensor: MixedTensor) -> Slot:
         index = tensor.address(self.draw(tensor))
         anchor = _gather(tensor, tensor.param, index)
@@ -40,46 +63,67 @@ class PackedLayout(Layout):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = [tensor for tensor in tensors if tensor.param.grad is not None]
-        for tensor in trained:
+        grads = {tensor: tensor.param.grad for tensor in tensors if tensor.param.grad is not None}
+        for tensor in grads:
             check_gradient(tensor)
-        slots = [self.slot(tensor) for tensor in trained]
-        with self._lend(trained, slots):
-            packed_step(
-                lambda: enter_step(self.base),
-                [tensor.view(tensor.param) for tensor in trained],
-                [tensor.view(tensor.param.grad) for tensor in trained],
-                [slot.index for slot in slots],
-                [slot.value for slot in slots],
-                [slot.anchor for slot in slots],
-                [tensor.scale for tensor in trained],
-            )
+        trained = [(tensor, self.slot(tensor)) for tensor in grads]
+        mixing_args = (
+            [tensor.view(tensor.param) for tensor in grads],
+            [tensor.view(grad) for tensor, grad in grads.items()],
+            [slot.index for _, slot in trained],
+            [slot.value for _, slot in trained],
+            [slot.anchor for _, slot in trained],
+            [tensor.scale for tensor in grads],
+        )
+        with self._lend(trained):
+            kernels = self._kernels()
+            if kernels is None:
+                packed_step(enter_step, self.base, *mixing_args)
+            else:
+                with self._traceable(trained):
+                    with_own_hooks(
+                        self.base,
+                        lambda: kernels.step(traceable_step(self.base), self.base, *mixing_args),
+                    )
         return loss
 
     def end_episode(self) -> None:
-        for tensor, slot in self.open_slots():
-            self.show(tensor, slot, self.deployed(tensor, slot))
+        open_slots = list(self.open_slots())
+        kernels = self._kernels()
+        (mixing.end_episode_ if kernels is None else kernels.end_episode_)(
+            [tensor.view(tensor.param) for tensor, _ in open_slots],
+            [slot.index for _, slot in open_slots],
+            [slot.value for _, slot in open_slots],
+            [slot.anchor for _, slot in open_slots],
+            [tensor.anchor_decay for tensor, _ in open_slots],
+        )
 
     def begin_episode(self, previous: Draw, carry_state: bool) -> None:
-        for tensor, slot in self.open_slots():
-            cell = self.draw(tensor)
+        open_slots = list(self.open_slots())
+        kernels = self._kernels()
+        for tensor, slot in open_slots:
+            cell = self.draw(tensor) if kernels is None else self.draw(tensor, kernels.draw)
             index = tensor.address(cell)
-            anchor = _gather(tensor, tensor.param, index)
+            shape = index.shape + slot.value.shape[1:]
             rebuild = (
-                _carrying(tensor, previous(tensor), cell, anchor)
+                _carrying(tensor, previous(tensor), cell, shape)
                 if carry_state
-                else lambda state, start, shape=anchor.shape: fill_(state.new_empty(shape), start)
+                else lambda state, start, shape=shape: fill_(state.new_empty(shape), start)
             )
             renew_state(
                 self.base, tensor.param, tensor.group, slot.value.shape, rebuild, carry_state
             )
-            if anchor.shape == slot.anchor.shape:
-                # In place: compiled code keeps its buffers.
-                slot.index.copy_(index)
-                slot.anchor.copy_(anchor)
-                slot.value.copy_(anchor)
+            if shape == slot.value.shape:
+                slot.index.copy_(index)  # in place: compiled code keeps its buffers
             else:
-                slot.index, slot.anchor, slot.value = index, anchor, anchor.clone()
+                slot.index = index
+                slot.value, slot.anchor = slot.value.new_empty(shape), slot.anchor.new_empty(shape)
+        (mixing.begin_episode_ if kernels is None else kernels.begin_episode_)(
+            [tensor.view(tensor.param) for tensor, _ in open_slots],
+            [slot.index for _, slot in open_slots],
+            [slot.value for _, slot in open_slots],
+            [slot.anchor for _, slot in open_slots],
+        )
 
     def reanchor(self) -> None:
         """Nothing to do: an episode begins from the weights in the model."""
@@ -125,20 +169,31 @@ class PackedLayout(Layout):
         for key in per_cell_state(state, tensor.param.shape):
             state[key] = _gather(tensor, state[key], slot.index)
 
+    def _kernels(self) -> Kernels | None:
+        """The compiled forms, where compiling is asked for and the base is known to compile."""
+        wanted = self.compile
+        if wanted is None:
+            wanted = any(tensor.param.is_cuda for tensor in self.slots)
+        if not wanted or not self.static_shapes or type(self.base) not in ELEMENTWISE:
+            return None
+        if self._compiled is None:
+            self._compiled = Kernels()
+        return self._compiled
+
     @contextmanager
-    def _lend(self, tensors: list[MixedTensor], slots: list[Slot]) -> Iterator[None]:
+    def _lend(self, trained: list[tuple[MixedTensor, Slot]]) -> Iterator[None]:
         """The base sees packed vectors in its groups and as keys of its state, in place of the parameters.
 
         Outside this block both are the user's: groups hold the model's parameters and state is keyed by them.
         """
         base = self.base
-        lent = {tensor.param: slot.value for tensor, slot in zip(tensors, slots, strict=True)}
+        lent = {tensor.param: slot.value for tensor, slot in trained}
         owner = {value: param for param, value in lent.items()}
-        params = [group["params"] for group in base.param_groups]
+        groups = [(group, group["params"]) for group in base.param_groups]
         state = base.state
         try:
-            for group in base.param_groups:
-                group["params"] = [lent.get(param, param) for param in group["params"]]
+            for group, params in groups:
+                group["params"] = [lent.get(param, param) for param in params]
             base.state = defaultdict(
                 dict, {lent.get(key, key): value for key, value in state.items()}
             )
@@ -146,23 +201,60 @@ class PackedLayout(Layout):
         except BaseException:
             # The model has not been written to. What it holds is what was trained, where nothing was lost to
             # rescaling or to a narrower dtype.
-            for tensor, slot in zip(tensors, slots, strict=True):
+            for tensor, slot in trained:
                 if tensor.scale == 1 and tensor.param.dtype == slot.value.dtype:
                     slot.value.copy_(self.live(tensor, slot))
             raise
         finally:
-            lent_state = dict(base.state)
+            returned = {owner.get(key, key): value for key, value in base.state.items()}
             base.state = state
             state.clear()
-            state.update({owner.get(key, key): value for key, value in lent_state.items()})
-            for group, own in zip(base.param_groups, params, strict=True):
-                group["params"] = own
+            state.update(returned)
+            for group, params in groups:
+                group["params"] = params
             for value in owner:
                 value.grad = None
 
+    @contextmanager
+    def _traceable(self, trained: list[tuple[MixedTensor, Slot]]) -> Iterator[None]:
+        """Make a lent base one that is compiled once: gradients in buffers, lr a tensor, the plain form of the step.
+
+        A float lr would compile again when it changes, a gradient set inside the graph breaks it, and a fused or
+        foreach step cannot be fused with gather and scatter.
+        """
+        for _, slot in trained:
+            slot.value.grad = torch.empty_like(slot.value)
+        own: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (group, {key: group[key] for key in ("lr", "fused", "foreach") if key in group})
+            for group in self.base.param_groups
+        ]
+        try:
+            for number, (group, options) in enumerate(own):
+                for key in options:
+                    if key != "lr":
+                        group[key] = False
+                if not isinstance(group["lr"], Tensor):
+                    lr = self._lrs.setdefault(number, torch.zeros((), dtype=torch.float64))
+                    group["lr"] = lr.fill_(group["lr"])
+            yield
+        finally:
+            for group, options in own:
+                group.update(options)
+
+
+class Kernels:
+    """The packed step and the redraw, compiled: static shapes, one compilation each."""
+
+    def __init__(self) -> None:
+        self.step = torch.compile(packed_step)
+        self.end_episode_ = torch.compile(mixing.end_episode_)
+        self.begin_episode_ = torch.compile(mixing.begin_episode_)
+        self.draw = torch.compile(stratified_cells, dynamic=True)
+
 
 def packed_step(
-    base_step: Callable[[], Any],
+    base_step: Callable[[Optimizer], Any],
+    base: Optimizer,
     views: list[Tensor],
     grads: list[Tensor],
     indices: list[Tensor],
@@ -172,12 +264,18 @@ def packed_step(
 ) -> None:
     """Gather the active gradients, step the base on the packed values, scatter what the model computes with.
 
-    Tensors as in :mod:`gmixout_optim.mixing`. ``base_step`` updates ``values`` from their ``grad``.
+    Tensors as in :mod:`gmixout_optim.mixing`. ``base_step`` updates ``values`` from their ``grad``; where
+    ``values`` come with gradient buffers, these are filled.
     """
-    for value, grad, scale in zip(values, mixing.gather(grads, indices), scales, strict=True):
-        grad = grad.to(value.dtype)
-        value.grad = grad if scale == 1 else grad * scale
-    base_step()
+    for value, active, scale in zip(values, mixing.gather(grads, indices), scales, strict=True):
+        grad = active.to(value.dtype)
+        if scale != 1:
+            grad = grad * scale
+        if value.grad is None:
+            value.grad = grad
+        else:
+            value.grad.copy_(grad)
+    base_step(base)
     mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
 
 
@@ -188,16 +286,16 @@ def _gather(tensor: MixedTensor, dense: Tensor, index: Tensor) -> Tensor:
 
 
 def _carrying(
-    tensor: MixedTensor, before: Tensor, after: Tensor, like: Tensor
+    tensor: MixedTensor, before: Tensor, after: Tensor, shape: torch.Size
 ) -> Callable[[Tensor, float | Tensor], Tensor]:
     """Rebuild packed state for a new index set: cells in both sets keep their values."""
-    if like.shape[0] != after.shape[0]:  # addressed element by element
+    if shape[0] != after.shape[0]:  # addressed element by element
         before, after = tensor.elements(before), tensor.elements(after)
     place = torch.searchsorted(before, after).clamp_(max=max(0, before.shape[0] - 1))
     kept = (before[place] == after).nonzero().squeeze(1) if before.shape[0] else place[:0]
 
     def rebuild(state: Tensor, start: float | Tensor) -> Tensor:
-        renewed = fill_(state.new_empty(like.shape), start)
+        renewed = fill_(state.new_empty(shape), start)
         return renewed.index_copy_(0, kept, state.index_select(0, place[kept]))
 
     return rebuild

@@ -78,7 +78,9 @@ class Report:
         mixed = [tensor for tensor in self.tensors if tensor.mixed]
         weights = sum(torch.Size(tensor.shape).numel() for tensor in self.tensors)
         covered = sum(torch.Size(tensor.shape).numel() for tensor in mixed)
-        rows = [("parameter", "shape", "mixed", "density", "width", "drift", "bytes", "note")]
+        rows: list[tuple[str, ...]] = [
+            ("parameter", "shape", "mixed", "density", "width", "drift", "bytes", "note")
+        ]
         rows += [_row(tensor) for tensor in self.tensors]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
