@@ -1,0 +1,27 @@
+"""Hypothesis profiles: quick by default, thorough in CI or with HYPOTHESIS_PROFILE=thorough."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("quick", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("thorough", max_examples=250, **_COMMON)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "thorough" if os.environ.get("CI") else "quick")
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors here are tiny, and the tests run in parallel processes."""
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
