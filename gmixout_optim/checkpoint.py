@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gmixout_optim.bases import ELEMENTWISE
-from gmixout_optim.layout import Slot
+from gmixout_optim.layout import KEY, Slot
 from gmixout_optim.mixed_tensor import MixedTensor
 from gmixout_optim.settings import GROUP_KEYS
 
 if TYPE_CHECKING:
     from gmixout_optim.optimizer import GMixoutOptimizer
-
-# Where a parameter's entry and a group keep what is the wrapper's: scalars in the groups and tensors in the
-# state, so that tools which know torch's format (torch.distributed.checkpoint) keep them.
-KEY = "gmixout"
 
 # What says how far the run is. The rest of the run's settings must agree.
 _PROGRESS = ("seed", "episode", "steps_in_episode")
@@ -59,12 +55,8 @@ def state_dict(optimizer: GMixoutOptimizer) -> dict[str, Any]:
     }
     for number, group, _, param in parameters(optimizer):
         place_of[id(group)]["params"].append(number)
-        entry = dict(optimizer.state.get(param, {}))
-        slot = optimizer.slot_of(param)
-        if slot is not None:
-            entry[KEY] = {"value": slot.value, "anchor": slot.anchor}
-        if entry:
-            state[number] = entry
+        if optimizer.state.get(param):
+            state[number] = dict(optimizer.state[param])
     result: dict[str, Any] = {"state": state, "param_groups": groups}
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
         changed = post_hook(optimizer, result)
@@ -95,12 +87,13 @@ def load_state_dict(optimizer: GMixoutOptimizer, given: dict[str, Any]) -> None:
         group.clear()
         group.update({**optimizer.base.defaults, **loaded, **own, KEY: optimizer.run})
     optimizer.run.update({key: run[key] for key in _PROGRESS})
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    optimizer.base.__setstate__(
-        {"state": optimizer.base.state, "param_groups": optimizer.base.param_groups}
-    )
-    optimizer.layout.slots = slots
+    with optimizer.layout.apart():
+        optimizer.layout.slots = slots
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        optimizer.base.__setstate__(
+            {"state": optimizer.state, "param_groups": optimizer.param_groups}
+        )
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.optim import Optimizer
 from gmixout_optim import mixing
 from gmixout_optim.bases import Closure
 from gmixout_optim.mixed_tensor import MixedTensor
+
+# Where state and groups keep what is the wrapper's: tensors in the state and scalars in the groups, so that tools
+# which know torch's format (torch.distributed.checkpoint) keep them.
+KEY = "gmixout"
 
 # The active cells of a tensor in an episode; a second argument is a compiled form of the sampler.
 Draw = Callable[..., Tensor]
@@ -102,6 +107,26 @@ class Layout(ABC):
         assert tensor.param.grad is not None
         (active,) = mixing.gather([tensor.view(tensor.param.grad)], [self.slot(tensor).index])
         return active * tensor.scale
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The base's state without the wrapper's entries, while the base or its state is worked on.
+
+        Outside, ``state[param]["gmixout"]`` shows the slot: tools that walk an optimizer's state find all of it.
+        """
+        state = self.base.state
+        for tensor in self.slots:
+            entry = state.get(tensor.param)
+            if entry is not None:
+                entry.pop(KEY, None)
+                if not entry:
+                    del state[tensor.param]
+        try:
+            yield
+        finally:
+            for tensor, slot in self.slots.items():
+                own = {"value": slot.value, "anchor": slot.anchor}
+                self.base.state[tensor.param] = {**self.base.state.get(tensor.param, {}), KEY: own}
 
     def open_slots(self) -> Iterator[tuple[MixedTensor, Slot]]:
         for tensor in list(self.slots):

@@ -18,7 +18,7 @@ from gmixout_optim.bases import Closure
 from gmixout_optim.dense import DenseLayout, PersistentLayout
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.index_sets import Sampler
-from gmixout_optim.layout import Layout, Slot
+from gmixout_optim.layout import KEY, Layout, Slot
 from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
 from gmixout_optim.packed import PackedLayout
 from gmixout_optim.param_groups import matches
@@ -217,7 +217,8 @@ class GMixoutOptimizer(Optimizer):
                 has changed then.
         """
         self._refuse_while_showing("step()")
-        loss = self.layout.step(list(self.mixed.values()), closure)
+        with self.layout.apart():
+            loss = self.layout.step(list(self.mixed.values()), closure)
         self.run["steps_in_episode"] += 1
         if self.run["resample_every"] == self.steps_in_episode:
             self.resample()
@@ -229,8 +230,9 @@ class GMixoutOptimizer(Optimizer):
         self._refuse_while_showing("resample()")
         for group in self.param_groups:
             settings.check_anchor_decay(group["anchor_decay"])
-        self.layout.end_episode()
-        self._next_episode(self.run["carry_state"])
+        with self.layout.apart():
+            self.layout.end_episode()
+            self._next_episode(self.run["carry_state"])
         for hook in list(self._resample_hooks.values()):
             hook(self)
 
@@ -242,8 +244,9 @@ class GMixoutOptimizer(Optimizer):
         persistent residual it keeps its state).
         """
         self._refuse_while_showing("resync()")
-        self.layout.reanchor()
-        self._next_episode(carry_state=False)
+        with self.layout.apart():
+            self.layout.reanchor()
+            self._next_episode(carry_state=False)
 
     @torch.no_grad()
     def consolidate(self) -> None:
@@ -451,10 +454,11 @@ class GMixoutOptimizer(Optimizer):
     def _adopt(self, groups: Iterable[dict[str, Any]], mixed: list[MixedTensor]) -> None:
         for group in groups:
             group.update(settings.check_group_keys({**self.defaults, **group}))
-            group["gmixout"] = self.run
-        for tensor in mixed:
-            self.mixed[tensor.param] = tensor
-            self.layout.take_over(tensor)
+            group[KEY] = self.run
+        with self.layout.apart():
+            for tensor in mixed:
+                self.mixed[tensor.param] = tensor
+                self.layout.take_over(tensor)
         warn_of_fresh_layers(mixed)
 
     def _check_known(self, param: Tensor) -> None:

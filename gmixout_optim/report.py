@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gmixout_optim.checkpoint import name_of, parameters
+from gmixout_optim.layout import KEY
 
 if TYPE_CHECKING:
     from gmixout_optim.optimizer import GMixoutOptimizer
@@ -159,7 +160,9 @@ def _tensor_report(
         width=width,
         drift=drift,
         inactive_differing=differing,
-        state_bytes=_bytes_of(optimizer.state.get(param)),
+        state_bytes=_bytes_of(
+            {key: item for key, item in optimizer.state.get(param, {}).items() if key != KEY}
+        ),
         value_bytes=_bytes_of(slot and slot.value),
         anchor_bytes=_bytes_of(slot and slot.anchor),
         index_bytes=_bytes_of(slot and slot.index),

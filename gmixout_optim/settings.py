@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED
 from gmixout_optim.index_sets import MAX_CELLS, SAMPLERS
+from gmixout_optim.layout import KEY
 from gmixout_optim.mixed_tensor import Granularity, cell_grid
 
 Residual = Literal["episodic", "persistent"]
@@ -103,6 +104,10 @@ def check_base(base: Any, wrapper: type[Optimizer]) -> None:
         )
     if isinstance(base, wrapper):
         raise TypeError(f"base is already a {wrapper.__name__}: wrap an optimizer once")
+    if any(KEY in group for group in base.param_groups):
+        raise ValueError(
+            f"base is held by another {wrapper.__name__} already: build a new {type(base).__name__} to wrap"
+        )
 
 
 def check_run(

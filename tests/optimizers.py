@@ -63,13 +63,3 @@ CASES = [
 
 ELEMENTWISE = [case for case in CASES if case.elementwise]
 DENSE_GRADIENTS = [case for case in CASES if not case.sparse]
-
-
-def test_table_holds_every_optimizer_of_torch() -> None:
-    ours = {case.make for case in CASES}
-    torchs = {
-        item
-        for item in vars(torch.optim).values()
-        if isinstance(item, type) and issubclass(item, Optimizer) and item is not Optimizer
-    }
-    assert ours == torchs
