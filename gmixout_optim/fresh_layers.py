@@ -35,7 +35,6 @@ def looks_freshly_initialised(param: Tensor) -> bool:
     return bool(abs(ratio - 1) < 6 * (0.8 / count) ** 0.5 + 1e-3)
 
 
-@torch.no_grad()
 def warn_of_fresh_layers(tensors: Iterable[MixedTensor]) -> None:
     names = [tensor.name for tensor in tensors if looks_freshly_initialised(tensor.param)]
     if names:
@@ -44,5 +43,5 @@ def warn_of_fresh_layers(tensors: Iterable[MixedTensor]) -> None:
             f"{shown} will be mixed but looks freshly initialised: such a layer has no pretrained weights worth "
             "returning to and would hardly learn. Exclude it (exclude='head.*', with a base built from "
             "model.named_parameters()) or give its parameter group mask_prob=0",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -152,7 +152,7 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
     if len(unused) == len(patterns):
         raise ValueError(message)
     if unused:
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=3)
     return patterns
 
 

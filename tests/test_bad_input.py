@@ -1,0 +1,245 @@
+"""Bad input gets an error that names the argument, the value and the fix, before anything has changed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gmixout_optim import GMixoutOptimizer
+from tests.training import assert_equal, loss_of, small_model, train, weights
+
+BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (dict(mask_prob=-0.1), ValueError, "mask_prob.*-0.1"),
+    (dict(mask_prob=1), ValueError, "mask_prob.*1"),
+    (dict(mask_prob=1.5), ValueError, "mask_prob.*1.5"),
+    (dict(mask_prob=float("nan")), ValueError, "mask_prob.*nan"),
+    (dict(mask_prob="0.9"), TypeError, "mask_prob.*'0.9'"),
+    (dict(mask_prob=None), TypeError, "mask_prob.*None"),
+    (dict(mask_prob=True), TypeError, "mask_prob.*True"),
+    (dict(mask_prob=torch.tensor(0.9)), TypeError, "mask_prob.*tensor"),
+    (dict(anchor_decay=-0.01), ValueError, "anchor_decay.*-0.01"),
+    (dict(anchor_decay=1.01), ValueError, "anchor_decay.*1.01"),
+    (dict(anchor_decay=float("nan")), ValueError, "anchor_decay.*nan"),
+    (dict(anchor_decay=[0.9]), TypeError, "anchor_decay"),
+    (dict(resample_every=0), ValueError, "resample_every.*0"),
+    (dict(resample_every=-3), ValueError, "resample_every.*-3"),
+    (dict(resample_every=1.0), TypeError, "resample_every.*1.0"),
+    (dict(resample_every=True), TypeError, "resample_every.*True"),
+    (dict(residual="episode"), ValueError, "residual.*'episode'"),
+    (dict(residual=None), TypeError, "residual.*None"),
+    (dict(sampler="uniform"), ValueError, "sampler.*'uniform'"),
+    (dict(layout="sparse"), ValueError, "layout.*'sparse'"),
+    (dict(granularity="column"), ValueError, "granularity.*'column'"),
+    (dict(granularity=0), ValueError, "granularity.*0"),
+    (dict(granularity=2.0), TypeError, "granularity.*2.0"),
+    (dict(granularity=True), TypeError, "granularity.*True"),
+    (dict(rescale="yes"), TypeError, "rescale.*'yes'"),
+    (dict(carry_state=1), TypeError, "carry_state.*1"),
+    (dict(compile="yes"), TypeError, "compile.*'yes'"),
+    (dict(seed=-1), ValueError, "seed.*-1"),
+    (dict(seed=2**63), ValueError, "seed"),
+    (dict(seed=1.0), TypeError, "seed.*1.0"),
+    (dict(exclude=3), TypeError, "exclude.*3"),
+    (dict(exclude=["head.*", 3]), TypeError, "exclude.*3"),
+    (dict(exclude="haed.*"), ValueError, "haed"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), BAD_SETTINGS, ids=lambda x: str(x)[:40])
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    base = torch.optim.AdamW(small_model().named_parameters())
+    before = [dict(group) for group in base.param_groups]
+    with pytest.raises(error, match=message):
+        GMixoutOptimizer(base, **settings)
+    assert [dict(group) for group in base.param_groups] == before
+    GMixoutOptimizer(base)  # nothing was left behind that would be in the way
+
+
+@pytest.mark.parametrize("key", ["mask_prob", "anchor_decay", "granularity"])
+def test_bad_group_settings(key: str) -> None:
+    model = small_model()
+    base = torch.optim.AdamW(
+        [{"params": model.body.parameters()}, {"params": model.head.parameters(), key: -1}]
+    )
+    with pytest.raises(ValueError, match=key):
+        GMixoutOptimizer(base)
+    assert "gmixout" not in base.param_groups[0]
+
+
+def test_base_must_be_an_unwrapped_optimizer() -> None:
+    model = small_model()
+    for base in (model, torch.optim.AdamW, list(model.parameters())):
+        with pytest.raises(TypeError, match="base"):
+            GMixoutOptimizer(base)
+    base = torch.optim.AdamW(model.parameters())
+    wrapped = GMixoutOptimizer(base)
+    with pytest.raises(TypeError, match="already"):
+        GMixoutOptimizer(wrapped)
+    with pytest.raises(ValueError, match="already"):
+        GMixoutOptimizer(base)
+
+
+def test_exclude_needs_names() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        GMixoutOptimizer(torch.optim.AdamW(small_model().parameters()), exclude="head.*")
+
+
+def test_a_pattern_that_matches_nothing_beside_one_that_does_is_warned_about() -> None:
+    base = torch.optim.AdamW(small_model().named_parameters())
+    with pytest.warns(UserWarning, match="classifier"):
+        GMixoutOptimizer(base, exclude=["head.*", "classifier.*"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.optim.LBFGS(model.parameters()),
+        lambda model: torch.optim.Muon([model.body.weight]),
+        lambda model: torch.optim.Adafactor(model.parameters()),
+    ],
+)
+def test_packed_layout_is_refused_where_it_is_wrong(make) -> None:
+    with pytest.raises(ValueError, match="layout='dense'"):
+        GMixoutOptimizer(make(small_model()), layout="packed")
+
+
+def test_sparse_adam_is_refused() -> None:
+    with pytest.raises(ValueError, match="SparseAdam"):
+        GMixoutOptimizer(torch.optim.SparseAdam(small_model().parameters()))
+
+
+def test_complex_parameters_take_the_dense_layout() -> None:
+    param = nn.Parameter(torch.randn(6, 4, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="layout='dense'"):
+        GMixoutOptimizer(torch.optim.AdamW([param]), layout="packed")
+    optimizer = GMixoutOptimizer(torch.optim.AdamW([param], lr=0.1), resample_every=2)
+    assert optimizer.param_groups[0]["gmixout"]["layout"] == "dense"
+    anchor = optimizer.anchor(param)
+    mask = optimizer.active_mask(param)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert_equal(param.detach()[~mask], anchor[~mask])
+    assert (param[mask] != anchor[mask]).all()
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+def test_sparse_gradients_are_refused_with_everything_untouched(layout: str) -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4))
+    optimizer = GMixoutOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), layout=layout)
+    model(torch.tensor([1, 2])).square().sum().backward()
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match="sparse"):
+            call()
+        assert_equal(before, weights(model))
+        assert_equal(state, optimizer.state_dict())
+    assert model[0].weight.grad.is_sparse
+
+
+def test_calls_inside_eval_weights() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1))
+    train(model, optimizer, range(3))
+    live = weights(model)
+    state = copy.deepcopy(optimizer.state_dict())
+    with optimizer.eval_weights():
+        for call in (
+            optimizer.step,
+            optimizer.resample,
+            optimizer.resync,
+            optimizer.consolidate,
+            lambda: optimizer.load_state_dict(state),
+        ):
+            with pytest.raises(RuntimeError, match=r"eval_weights\(\)"):
+                call()
+    assert_equal(live, weights(model))
+    assert_equal(state, optimizer.state_dict())
+
+
+def test_strangers() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.named_parameters()), exclude="head.*")
+    for query in (optimizer.active_mask, optimizer.anchor):
+        with pytest.raises(ValueError, match="not one of"):
+            query(torch.zeros(8, 6))
+    with pytest.raises(ValueError, match="not mixed"):
+        optimizer.anchor(model.head.weight)
+
+
+def test_bad_anchor_decay_set_in_mid_training_stops_before_the_redraw() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
+    train(model, optimizer, range(2))
+    before = weights(model)
+    optimizer.param_groups[0]["anchor_decay"] = 2.0
+    with pytest.raises(ValueError, match=r"anchor_decay.*2\.0"):
+        optimizer.resample()
+    assert_equal(before, weights(model))
+    assert optimizer.episode == 0
+
+
+def fresh_head_model() -> nn.Module:
+    model = small_model(torch.float32)
+    model.add_module("zeros", nn.Linear(16, 16))
+    model.add_module("fresh", nn.Linear(64, 32))
+    model.add_module("conv", nn.Conv2d(8, 8, 3))
+    nn.init.zeros_(model.zeros.weight)
+    return model
+
+
+def test_fresh_layers_are_warned_about_once_with_their_names() -> None:
+    model = fresh_head_model()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = GMixoutOptimizer(torch.optim.AdamW(model.named_parameters()))
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    (warning,) = caught
+    message = str(warning.message)
+    for name in ("zeros.weight", "fresh.weight", "conv.weight", "exclude"):
+        assert name in message
+    assert "body.weight" not in message
+    assert warning.filename == __file__
+
+
+def test_excluded_and_trained_layers_are_not_warned_about() -> None:
+    model = fresh_head_model()
+    with torch.no_grad():
+        for name in ("fresh", "conv"):
+            weight = getattr(model, name).weight
+            weight += 0.02 * torch.randn_like(weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GMixoutOptimizer(torch.optim.AdamW(model.named_parameters()), exclude="zeros.*")
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+def test_report_finds_weights_changed_from_outside_where_it_can(layout: str) -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.named_parameters()), layout=layout)
+    train(model, optimizer, range(2))
+    with torch.no_grad():
+        model.body.weight += 1
+    inactive = int((~optimizer.active_mask(model.body.weight)).sum())
+    (row,) = [row for row in optimizer.report().tensors if row.name == "body.weight"]
+    assert row.inactive_differing == (inactive if layout == "dense" else None)
+    optimizer.resync()
+    loss_of(model, 3).backward()
+    optimizer.step()
+    assert not any(row.inactive_differing for row in optimizer.report().tensors)
+    if layout == "dense":
+        model.body.weight.data += 1
+        assert "call resync()" in str(optimizer.report())
+
+
+def test_a_tensor_with_too_many_cells() -> None:
+    param = nn.Parameter(torch.empty(2**16, 2**16, device="meta"))
+    with pytest.raises(ValueError, match="coarser granularity"):
+        GMixoutOptimizer(torch.optim.SGD([param], lr=0.1))
+    GMixoutOptimizer(torch.optim.SGD([param], lr=0.1), granularity="row")
