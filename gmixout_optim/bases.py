@@ -129,8 +129,7 @@ def renew_state(
             for key, value in state.items()
         )
     else:
-        # SGD's first momentum is the gradient undamped: only a missing buffer says so.
-        droppable = type(base) not in ELEMENTWISE or bool(group.get("dampening"))
+        droppable = not resets_in_place(base)
     if droppable:
         if type(base) in _SHARED_STATE:
             base.state.clear()
@@ -144,6 +143,13 @@ def renew_state(
             state[key] = value.copy_(renewed) if value.shape == renewed.shape else renewed
         elif isinstance(value, Tensor) and not carry:
             fill_(value, start)
+
+
+def resets_in_place(base: Optimizer) -> bool:
+    """Whether the base's state can be made fresh by writing known values into it."""
+    # SGD's first momentum is the gradient undamped: only a missing buffer says so.
+    damped = any(group.get("dampening") for group in base.param_groups)
+    return type(base) in ELEMENTWISE and not damped
 
 
 def fresh_value(base: Optimizer, group: dict[str, Any], key: str) -> float | Tensor:

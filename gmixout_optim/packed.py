@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import (
-    ELEMENTWISE,
     Closure,
     enter_step,
     fill_,
     per_cell_state,
     renew_state,
+    resets_in_place,
     traceable_step,
     with_own_hooks,
 )
@@ -170,11 +170,11 @@ class PackedLayout(Layout):
             state[key] = _gather(tensor, state[key], slot.index)
 
     def _kernels(self) -> Kernels | None:
-        """The compiled forms, where compiling is asked for and the base is known to compile."""
+        """The compiled forms, where compiling is asked for and nothing forces it to happen again and again."""
         wanted = self.compile
         if wanted is None:
             wanted = any(tensor.param.is_cuda for tensor in self.slots)
-        if not wanted or not self.static_shapes or type(self.base) not in ELEMENTWISE:
+        if not wanted or not self.static_shapes or not resets_in_place(self.base):
             return None
         if self._compiled is None:
             self._compiled = Kernels()

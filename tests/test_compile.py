@@ -92,14 +92,19 @@ def test_settings_compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [dict(sampler="bernoulli"), dict(layout="dense"), dict(residual="persistent")],
+    ("name", "settings"),
+    [
+        ("AdamW", dict(sampler="bernoulli")),
+        ("AdamW", dict(layout="dense")),
+        ("AdamW", dict(residual="persistent")),
+        ("SGD-dampening", dict()),
+    ],
     ids=str,
 )
-def test_where_there_is_nothing_to_compile_it_runs_eagerly(settings: dict) -> None:
-    adamw = next(case for case in ELEMENTWISE if case.name == "AdamW")
-    eager, _, _ = run(adamw, compile=False, steps=4, **settings)
-    compiled, _, graphs = run(adamw, compile=True, steps=4, **settings)
+def test_what_would_compile_again_and_again_runs_eagerly(name: str, settings: dict) -> None:
+    case = next(case for case in ELEMENTWISE if case.name == name)
+    eager, _, _ = run(case, compile=False, steps=4, **settings)
+    compiled, _, graphs = run(case, compile=True, steps=4, **settings)
     assert graphs == [0] * 4
     assert_equal(eager, compiled)
 
