@@ -1,0 +1,63 @@
+"""Ranks agree without communicating: index sets depend on the seed alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from gmixout_optim import GMixoutOptimizer
+from tests.training import assert_equal, batch, loss_of, small_model, weights
+
+STEPS = 7
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # each rank has a generator of its own, as ranks do
+    model = DistributedDataParallel(small_model())
+    torch.manual_seed(100 + rank)
+    optimizer = GMixoutOptimizer(
+        torch.optim.AdamW(model.named_parameters(), lr=0.05),
+        exclude="module.head.*",
+        resample_every=3,
+        mask_prob=0.5,
+    )
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        inputs, targets = batch(step)
+        part = slice(rank, None, 2)
+        (model(inputs[part]) - targets[part]).square().mean().backward()
+        optimizer.step()
+    torch.save(weights(model.module), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_ddp_trains_as_one_process_does(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    model = small_model()
+    optimizer = GMixoutOptimizer(
+        torch.optim.AdamW(model.named_parameters(), lr=0.05),
+        exclude="head.*",
+        resample_every=3,
+        mask_prob=0.5,
+    )
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_equal(first, second)
+    for ours, theirs in zip(weights(model), first, strict=True):
+        torch.testing.assert_close(ours, theirs)
