@@ -44,8 +44,11 @@ REFUSED: dict[type[Optimizer], str] = {
     "use torch.optim.Adam with dense gradients",
 }
 
-# State that a tensor has once, whatever its shape (a parameter without dimensions has per-cell state of the same shape).
-_SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product"})
+# Element-wise optimizers whose state begins at the learning rate of the step that makes it.
+_BEGINS_AT_LR: tuple[type[Optimizer], ...] = (torch.optim.ASGD, torch.optim.Rprop)
+
+# State that is not per element, although its shape can be the parameter's (without dimensions, or with one column).
+_SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product", "row_var", "col_var"})
 
 # Optimizers that keep the state of all parameters under one of them.
 _SHARED_STATE: tuple[type[Optimizer], ...] = (torch.optim.LBFGS,)
@@ -117,6 +120,8 @@ def renew_state(
         shape: shape of the per-cell state tensors.
         rebuild: makes the new tensor from the old one and the value that new cells start at.
     """
+    if type(base) in _SHARED_STATE:
+        base.state.clear()
     state = base.state.get(param)
     if not state:
         return
@@ -131,10 +136,7 @@ def renew_state(
     else:
         droppable = not resets_in_place(base)
     if droppable:
-        if type(base) in _SHARED_STATE:
-            base.state.clear()
-        else:
-            del base.state[param]
+        del base.state[param]
         return
     for key, value in state.items():
         start = fresh_value(base, group, key)
@@ -149,7 +151,7 @@ def resets_in_place(base: Optimizer) -> bool:
     """Whether the base's state can be made fresh by writing known values into it."""
     # SGD's first momentum is the gradient undamped: only a missing buffer says so.
     damped = any(group.get("dampening") for group in base.param_groups)
-    return type(base) in ELEMENTWISE and not damped
+    return type(base) in ELEMENTWISE and type(base) not in _BEGINS_AT_LR and not damped
 
 
 def fresh_value(base: Optimizer, group: dict[str, Any], key: str) -> float | Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gmixout_optim.index_sets import (
+    MAX_CELLS,
     Sampler,
     active_cells,
     stratified_cells,
@@ -101,7 +102,7 @@ class MixedTensor:
         ):
             offset += element % size * stride
             element = element // size
-        return offset.to(torch.int32)
+        return offset if self._extent() > MAX_CELLS else offset.to(torch.int32)
 
     def elements(self, cell: Tensor) -> Tensor:
         """The row-major indices (int64) of the elements of each cell, cell after cell."""
@@ -120,10 +121,12 @@ class MixedTensor:
             return flat if self.width == 1 else flat.view(self.cells, self.width)
         if tensor.stride() != self.param.stride():
             tensor = self.copy_of(tensor)
-        last = sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        return tensor.as_strided((last + 1,), (1,))
+        return tensor.as_strided((self._extent(),), (1,))
+
+    def _extent(self) -> int:
+        """Elements of storage from the parameter's first to its last."""
+        sizes = zip(self.param.shape, self.param.stride(), strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in sizes)
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor of the parameter's shape with the parameter's strides, so that views share its memory."""

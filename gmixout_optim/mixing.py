@@ -1,7 +1,7 @@
 """The arithmetic of the method: pure functions on lists of tensors that touch the active cells only.
 
 Throughout, ``views`` are tensors of shape (cells,) or (cells, width), ``indices`` int32 tensors of shape
-(m,), and packed tensors, the active cells of a view, have shape (m,) or (m, width).
+(m,), and packed tensors hold the active cells of a view, one after the other, as vectors of m * width elements.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
-    """The active cells of each view, packed. Shapes (cells, ...) and (m,) to (m, ...); the view's dtype."""
+    """The active cells of each view, packed, in the view's dtype."""
     return [
         # take is the fastest gather of single elements on a CPU, index_select of rows; both differ by 2x.
-        view.take(index.long()) if view.ndim == 1 else view.index_select(0, index)
+        view.take(index.long()) if view.ndim == 1 else view.index_select(0, index).flatten()
         for view, index in zip(views, indices, strict=True)
     ]
 
@@ -24,7 +24,7 @@ def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
     """Write packed values (cast to the view's dtype) to the active cells of each view, in place."""
     for view, index, values in zip(views, indices, packed, strict=True):
-        view.index_copy_(0, index.long(), values.to(view.dtype))
+        view.index_copy_(0, index.long(), values.to(view.dtype).view(-1, *view.shape[1:]))
 
 
 def model_values(

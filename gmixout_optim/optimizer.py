@@ -220,7 +220,7 @@ class GMixoutOptimizer(Optimizer):
         with self.layout.apart():
             loss = self.layout.step(list(self.mixed.values()), closure)
         self.run["steps_in_episode"] += 1
-        if self.run["resample_every"] == self.steps_in_episode:
+        if self.steps_in_episode == self.run["resample_every"]:
             self.resample()
         return loss
 

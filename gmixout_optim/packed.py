@@ -35,8 +35,8 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 class PackedLayout(Layout):
     """Trained values, anchors and the base's state live on the active cells.
 
-    ``value`` and ``anchor`` have shape (m,) or (m, width) and at least float32. Off the active cells the
-    model's own weights are the anchor.
+    ``value`` and ``anchor`` are vectors of the active cells' elements in row-major order, in at least float32. Off
+    the active cells the model's own weights are the anchor.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PackedLayout(Layout):
         for tensor, slot in open_slots:
             cell = self.draw(tensor) if kernels is None else self.draw(tensor, kernels.draw)
             index = tensor.address(cell)
-            shape = index.shape + slot.value.shape[1:]
+            shape = torch.Size([cell.shape[0] * tensor.width])
             rebuild = (
                 _carrying(tensor, previous(tensor), cell, shape)
                 if carry_state
@@ -289,8 +289,7 @@ def _carrying(
     tensor: MixedTensor, before: Tensor, after: Tensor, shape: torch.Size
 ) -> Callable[[Tensor, float | Tensor], Tensor]:
     """Rebuild packed state for a new index set: cells in both sets keep their values."""
-    if shape[0] != after.shape[0]:  # addressed element by element
-        before, after = tensor.elements(before), tensor.elements(after)
+    before, after = tensor.elements(before), tensor.elements(after)
     place = torch.searchsorted(before, after).clamp_(max=max(0, before.shape[0] - 1))
     kept = (before[place] == after).nonzero().squeeze(1) if before.shape[0] else place[:0]
 
