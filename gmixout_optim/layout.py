@@ -139,23 +139,28 @@ class Layout(ABC):
         if slot is None:
             slot = self.slots[tensor] = self.open(tensor)
         elif slot.placement != placement:
-            device = placement[0]
             slot = self.slots[tensor] = replace(
                 slot,
                 index=tensor.address(self.draw(tensor)),
-                value=slot.value.to(device),
-                anchor=slot.anchor.to(device),
+                value=_placed(tensor, slot.value),
+                anchor=_placed(tensor, slot.anchor),
                 placement=placement,
             )
             state = self.base.state.get(tensor.param, {})
             for key, item in state.items():
                 if isinstance(item, Tensor) and item.ndim > 0:
-                    state[key] = item.to(device)
+                    state[key] = item.to(placement[0])
         return slot
 
 
 def placement_of(param: Tensor) -> tuple[torch.device, tuple[int, ...]]:
     return param.device, param.stride()
+
+
+def _placed(tensor: MixedTensor, item: Tensor) -> Tensor:
+    """A packed or dense tensor on the parameter's device, a dense one with the parameter's strides."""
+    item = item.to(tensor.param.device)
+    return tensor.copy_of(item) if item.shape == tensor.param.shape else item
 
 
 def check_gradient(tensor: MixedTensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,44 +59,33 @@ class PackedLayout(Layout):
         self._pack_state(tensor, slot)
         return slot
 
-    def step(self, tensors: Iterable[MixedTensor], closure: Closure | None) -> Any:
+    def step(self, mixed: Iterable[MixedTensor], closure: Closure | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = {tensor: tensor.param.grad for tensor in tensors if tensor.param.grad is not None}
+        grads = {tensor: tensor.param.grad for tensor in mixed if tensor.param.grad is not None}
         for tensor in grads:
             check_gradient(tensor)
         trained = [(tensor, self.slot(tensor)) for tensor in grads]
-        mixing_args = (
-            [tensor.view(tensor.param) for tensor in grads],
-            [tensor.view(grad) for tensor, grad in grads.items()],
-            [slot.index for _, slot in trained],
-            [slot.value for _, slot in trained],
-            [slot.anchor for _, slot in trained],
-            [tensor.scale for tensor in grads],
-        )
+        columns = _columns(trained)
+        gradients = [tensor.view(grad) for tensor, grad in grads.items()]
+        scales = [tensor.scale for tensor in grads]
         with self._lend(trained):
             kernels = self._kernels()
             if kernels is None:
-                packed_step(enter_step, self.base, *mixing_args)
+                packed_step(enter_step, self.base, *columns, gradients, scales)
             else:
+                step = partial(kernels.step, traceable_step(self.base), self.base)
                 with self._traceable(trained):
-                    with_own_hooks(
-                        self.base,
-                        lambda: kernels.step(traceable_step(self.base), self.base, *mixing_args),
-                    )
+                    with_own_hooks(self.base, partial(step, *columns, gradients, scales))
         return loss
 
     def end_episode(self) -> None:
         open_slots = list(self.open_slots())
         kernels = self._kernels()
         (mixing.end_episode_ if kernels is None else kernels.end_episode_)(
-            [tensor.view(tensor.param) for tensor, _ in open_slots],
-            [slot.index for _, slot in open_slots],
-            [slot.value for _, slot in open_slots],
-            [slot.anchor for _, slot in open_slots],
-            [tensor.anchor_decay for tensor, _ in open_slots],
+            *_columns(open_slots), [tensor.anchor_decay for tensor, _ in open_slots]
         )
 
     def begin_episode(self, previous: Draw, carry_state: bool) -> None:
@@ -119,10 +109,7 @@ class PackedLayout(Layout):
                 slot.index = index
                 slot.value, slot.anchor = slot.value.new_empty(shape), slot.anchor.new_empty(shape)
         (mixing.begin_episode_ if kernels is None else kernels.begin_episode_)(
-            [tensor.view(tensor.param) for tensor, _ in open_slots],
-            [slot.index for _, slot in open_slots],
-            [slot.value for _, slot in open_slots],
-            [slot.anchor for _, slot in open_slots],
+            *_columns(open_slots)
         )
 
     def reanchor(self) -> None:
@@ -256,10 +243,10 @@ def packed_step(
     base_step: Callable[[Optimizer], Any],
     base: Optimizer,
     views: list[Tensor],
-    grads: list[Tensor],
     indices: list[Tensor],
     values: list[Tensor],
     anchors: list[Tensor],
+    grads: list[Tensor],
     scales: list[float],
 ) -> None:
     """Gather the active gradients, step the base on the packed values, scatter what the model computes with.
@@ -277,6 +264,18 @@ def packed_step(
             value.grad.copy_(grad)
     base_step(base)
     mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
+
+
+def _columns(
+    slots: list[tuple[MixedTensor, Slot]],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Views, indices, values and anchors, as :mod:`gmixout_optim.mixing` takes them."""
+    return (
+        [tensor.view(tensor.param) for tensor, _ in slots],
+        [slot.index for _, slot in slots],
+        [slot.value for _, slot in slots],
+        [slot.anchor for _, slot in slots],
+    )
 
 
 def _gather(tensor: MixedTensor, dense: Tensor, index: Tensor) -> Tensor:
