@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -160,7 +161,9 @@ class PackedLayout(Layout):
         """The compiled forms, where compiling is asked for and nothing forces it to happen again and again."""
         wanted = self.compile
         if wanted is None:
-            wanted = any(tensor.param.is_cuda for tensor in self.slots)
+            # Without Triton (on Windows, say) torch.compile has nothing to compile to on CUDA.
+            on_cuda = any(tensor.param.is_cuda for tensor in self.slots)
+            wanted = on_cuda and importlib.util.find_spec("triton") is not None
         if not wanted or not self.static_shapes or not resets_in_place(self.base):
             return None
         if self._compiled is None:
