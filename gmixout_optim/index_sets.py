@@ -36,9 +36,12 @@ _ROTATION_COUNTER = 0
 _FIRST_COUNTER = 1
 
 
+_MASK_64 = (1 << 64) - 1
+
+
 def _signed(x: int) -> int:
     """The 64-bit pattern of ``x`` as the int64 that torch holds it in."""
-    x &= (1 << 64) - 1
+    x &= _MASK_64
     return x - (1 << 64) if x >> 63 else x
 
 
@@ -69,16 +72,23 @@ def _below(bits: Tensor, bound: Number) -> Tensor:
     return (((bits >> 32) & 0xFFFFFFFF) * bound) >> 32
 
 
+def _finalise_int(x: int) -> int:
+    """:func:`_finalise_` for the few numbers that the host needs, in unsigned 64-bit arithmetic."""
+    x = (x ^ (x >> 30)) * _MIX_1 & _MASK_64
+    x = (x ^ (x >> 27)) * _MIX_2 & _MASK_64
+    return x ^ (x >> 31)
+
+
 def episode_key(seed: int, tensor: int, episode: int) -> int:
     """The key of one tensor's stream in one episode, as an int64 value.
 
     The three numbers enter one after the other, each through the finaliser, so that neighbouring seeds,
     tensors and episodes start at unrelated places of the one sequence of period 2**64.
     """
-    key = torch.zeros((), dtype=torch.int64)
+    key = 0
     for word in (seed, tensor, episode):
-        key = _finalise_(key + _signed((word + 1) * _GOLDEN))
-    return int(key)
+        key = _finalise_int((key + (word + 1) * _GOLDEN) & _MASK_64)
+    return _signed(key)
 
 
 def active_count(cells: int, density: float) -> int:
@@ -138,8 +148,8 @@ def stratified_cells(
 
 def bernoulli_mask(cell: Tensor, key: Number, density: float) -> Tensor:
     """Whether each cell (int64 global indices) is active, independently with probability ``density``."""
-    threshold = min(int(density * 2.0**64) - 2**63, 2**63 - 1)
-    return _bits(key, cell + _FIRST_COUNTER) < threshold
+    last = max(0, int(density * 2.0**64) - 1) - 2**63
+    return _bits(key, cell + _FIRST_COUNTER) <= last
 
 
 def active_cells(
@@ -180,13 +190,18 @@ def active_cells(
             f"active_cells needs 0 <= start <= stop <= cells <= {MAX_CELLS}, got start={start}, stop={stop}, "
             f"cells={cells}; a tensor with more cells needs a wider granularity"
         )
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
     if start == stop:
         return torch.empty(0, dtype=torch.int32, device=device)
     key = episode_key(seed, tensor, episode)
     if sampler == "bernoulli":
         return _active_bernoulli(key, density, start, stop, device)
     strata = _Strata(cells, active_count(cells, density))
-    rotation = int(_below(_bits(key, torch.tensor(_ROTATION_COUNTER)), cells))
+    # All 64 bits: 32 are too few for a uniform place among up to 2**31 cells.
+    rotation = _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
     first, count = _strata_in_range(strata, key, rotation, start, stop)
     numbers = (key, first, rotation, strata.cells, strata.size, strata.step, strata.shift)
     if kernel is not stratified_cells:
@@ -281,9 +296,8 @@ def _strata_in_range(
     low = (start - rotation) % strata.cells
     high = low + (stop - start) - 1
     at_low, at_high = strata.of(low), strata.of(high % strata.cells)
-    pick_low, pick_high = _picks(
-        torch.tensor([at_low, at_high]), key, strata.step, strata.shift
-    ).tolist()
+    ends = torch.tensor([at_low, at_high], device="cpu")
+    pick_low, pick_high = _picks(ends, key, strata.step, strata.shift).tolist()
     first = at_low if pick_low >= low else at_low + 1
     last = at_high if pick_high <= high % strata.cells else at_high - 1
     turns = high // strata.cells

@@ -127,7 +127,9 @@ def test_grad_scaler_unscales_and_skips_on_inf() -> None:
             scaler.step(optimizer)
             scaler.update()
             if step == "inf":
-                assert_equal(before, (weights(model), optimizer.episode, optimizer.steps_in_episode))
+                assert_equal(
+                    before, (weights(model), optimizer.episode, optimizer.steps_in_episode)
+                )
         for ours, theirs in zip(weights(model), weights(plain_model), strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -229,7 +231,9 @@ def test_a_base_that_raises_leaves_model_and_groups_as_they_were(layout: str) ->
     assert_equal(before, weights(model))
     assert_equal(state, optimizer.state_dict())
     assert all(param.grad is grad for param, grad in zip(model.parameters(), grads, strict=True))
-    assert all(a is b for a, b in zip(base.param_groups[0]["params"], model.parameters(), strict=True))
+    assert all(
+        a is b for a, b in zip(base.param_groups[0]["params"], model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("layout", ["packed", "dense"])
@@ -353,12 +357,16 @@ def test_memory_format_may_change_in_mid_training() -> None:
     for change in (False, True):
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3).double()
-        optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), resample_every=4)
+        optimizer = GMixoutOptimizer(
+            torch.optim.AdamW(model.parameters(), lr=0.1), resample_every=4
+        )
         for step in range(9):
             if change and step == 2:
                 model.to(memory_format=torch.channels_last)
             for param in model.parameters():
-                param.grad = torch.arange(param.numel(), dtype=torch.float64).view(param.shape) - step
+                param.grad = (
+                    torch.arange(param.numel(), dtype=torch.float64).view(param.shape) - step
+                )
             optimizer.step()
         runs.append([weight.contiguous() for weight in weights(model)])
     assert_equal(*runs)
