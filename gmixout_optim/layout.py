@@ -52,6 +52,8 @@ class Layout(ABC):
         self.base = base
         self.draw = draw
         self.slots: dict[MixedTensor, Slot] = {}
+        # Buffers that are kept for speed and hold nothing between steps.
+        self.workspace: dict[MixedTensor, Tensor] = {}
 
     @abstractmethod
     def open(self, tensor: MixedTensor) -> Slot:

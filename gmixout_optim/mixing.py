@@ -21,6 +21,17 @@ def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def gather_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    """:func:`gather` into given vectors, in their dtype."""
+    for view, index, into in zip(views, indices, packed, strict=True):
+        if view.dtype != into.dtype or torch.compiler.is_compiling():
+            into.copy_(gather([view], [index])[0])
+        elif view.ndim == 1:
+            torch.take(view, index.long(), out=into)
+        else:
+            torch.index_select(view, 0, index, out=into.view(-1, view.shape[1]))
+
+
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
     """Write packed values (cast to the view's dtype) to the active cells of each view, in place."""
     for view, index, values in zip(views, indices, packed, strict=True):

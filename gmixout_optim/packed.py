@@ -51,7 +51,7 @@ class PackedLayout(Layout):
         self._lrs: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_compiled": None, "workspace": {}}
 
     def open(self, tensor: MixedTensor) -> Slot:
         index = tensor.address(self.draw(tensor))
@@ -78,7 +78,7 @@ class PackedLayout(Layout):
                 packed_step(enter_step, self.base, *columns, gradients, scales)
             else:
                 step = partial(kernels.step, traceable_step(self.base), self.base)
-                with self._traceable(trained):
+                with self._traceable():
                     with_own_hooks(self.base, partial(step, *columns, gradients, scales))
         return loss
 
@@ -182,6 +182,8 @@ class PackedLayout(Layout):
         groups = [(group, group["params"]) for group in base.param_groups]
         state = base.state
         try:
+            for tensor, slot in trained:
+                slot.value.grad = self._gradient_buffer(tensor, slot)
             for group, params in groups:
                 group["params"] = [lent.get(param, param) for param in params]
             base.state = defaultdict(
@@ -205,15 +207,22 @@ class PackedLayout(Layout):
             for value in owner:
                 value.grad = None
 
-    @contextmanager
-    def _traceable(self, trained: list[tuple[MixedTensor, Slot]]) -> Iterator[None]:
-        """Make a lent base one that is compiled once: gradients in buffers, lr a tensor, the plain form of the step.
+    def _gradient_buffer(self, tensor: MixedTensor, slot: Slot) -> Tensor:
+        """Room for a packed gradient. On a CPU it is kept: memory fresh from the system costs more than the gather."""
+        buffer = self.workspace.get(tensor)
+        if buffer is None or buffer.shape != slot.value.shape or buffer.device != slot.value.device:
+            buffer = torch.empty_like(slot.value)
+            if buffer.device.type == "cpu":
+                self.workspace[tensor] = buffer
+        return buffer
 
-        A float lr would compile again when it changes, a gradient set inside the graph breaks it, and a fused or
-        foreach step cannot be fused with gather and scatter.
+    @contextmanager
+    def _traceable(self) -> Iterator[None]:
+        """Make a lent base one that is compiled once: lr a tensor, the plain form of the step.
+
+        A float lr would compile again when it changes, and a fused or foreach step cannot be fused with gather and
+        scatter.
         """
-        for _, slot in trained:
-            slot.value.grad = torch.empty_like(slot.value)
         own: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (group, {key: group[key] for key in ("lr", "fused", "foreach") if key in group})
             for group in self.base.param_groups
@@ -254,17 +263,14 @@ def packed_step(
 ) -> None:
     """Gather the active gradients, step the base on the packed values, scatter what the model computes with.
 
-    Tensors as in :mod:`gmixout_optim.mixing`. ``base_step`` updates ``values`` from their ``grad``; where
-    ``values`` come with gradient buffers, these are filled.
+    Tensors as in :mod:`gmixout_optim.mixing`. ``values`` come with buffers for their gradients, which are filled;
+    ``base_step`` updates ``values`` from these.
     """
-    for value, active, scale in zip(values, mixing.gather(grads, indices), scales, strict=True):
-        grad = active.to(value.dtype)
+    packed = [value.grad for value in values if value.grad is not None]
+    mixing.gather_(grads, indices, packed)
+    for grad, scale in zip(packed, scales, strict=True):
         if scale != 1:
-            grad = grad * scale
-        if value.grad is None:
-            value.grad = grad
-        else:
-            value.grad.copy_(grad)
+            grad.mul_(scale)
     base_step(base)
     mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
 

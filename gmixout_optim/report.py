@@ -34,6 +34,7 @@ class TensorReport:
             changed from outside: call ``resync()``.
         state_bytes: bytes of the base's state.
         value_bytes, anchor_bytes, index_bytes: bytes of the trained values, the anchor and the index set.
+        workspace_bytes: bytes of buffers that are kept for speed and hold nothing between steps.
     """
 
     name: str
@@ -49,9 +50,11 @@ class TensorReport:
     value_bytes: int
     anchor_bytes: int
     index_bytes: int
+    workspace_bytes: int
 
     @property
     def bytes(self) -> int:
+        """All that has to be kept: everything but the workspace."""
         return self.state_bytes + self.value_bytes + self.anchor_bytes + self.index_bytes
 
 
@@ -72,7 +75,7 @@ class Report:
         return asdict(self)
 
     def total(self, part: str) -> int:
-        """Sum over tensors of one of the ``*_bytes`` (or of ``"bytes"``, all of them)."""
+        """Sum over tensors of one of the ``*_bytes``, or of ``"bytes"``, all but the workspace."""
         return sum(getattr(tensor, part) for tensor in self.tensors)
 
     def __str__(self) -> str:
@@ -100,7 +103,7 @@ class Report:
                 f"{part} {self.total(part + '_bytes'):,}"
                 for part in ("state", "value", "anchor", "index")
             )
-            + f"; in all {self.total('bytes') / max(1, weights):.2f} per weight",
+            + f"; workspace {self.total('workspace_bytes'):,}; without it {self.total('bytes') / max(1, weights):.2f} per weight",
         ]
         return "\n".join(lines)
 
@@ -166,6 +169,7 @@ def _tensor_report(
         value_bytes=_bytes_of(slot and slot.value),
         anchor_bytes=_bytes_of(slot and slot.anchor),
         index_bytes=_bytes_of(slot and slot.index),
+        workspace_bytes=_bytes_of(tensor and optimizer.layout.workspace.get(tensor)),
     )
 
 
