@@ -245,9 +245,10 @@ class Kernels:
     """The packed step and the redraw, compiled: static shapes, one compilation each."""
 
     def __init__(self) -> None:
-        self.step = torch.compile(packed_step)
-        self.end_episode_ = torch.compile(mixing.end_episode_)
-        self.begin_episode_ = torch.compile(mixing.begin_episode_)
+        # Shapes never change within an optimizer; a second one must not make them look dynamic.
+        self.step = torch.compile(packed_step, dynamic=False)
+        self.end_episode_ = torch.compile(mixing.end_episode_, dynamic=False)
+        self.begin_episode_ = torch.compile(mixing.begin_episode_, dynamic=False)
         self.draw = torch.compile(stratified_cells, dynamic=True)
 
 

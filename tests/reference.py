@@ -212,18 +212,19 @@ def _carried(value: Tensor | None, stay: Tensor, fresh: float) -> Tensor | None:
 
 # Scenarios
 
+# The first of a list is what a failing example is reduced to, and what is drawn most often.
 SHAPES: list[tuple[int, ...]] = [
-    (),
-    (1,),
-    (0,),
-    (7,),
-    (12,),
     (3, 4),
-    (5, 1),
-    (1, 6),
     (6, 8),
+    (12,),
     (2, 3, 4),
     (4, 2, 3, 3),
+    (7,),
+    (5, 1),
+    (1, 6),
+    (1,),
+    (),
+    (0,),
 ]
 MATRICES = [shape for shape in SHAPES if len(shape) == 2]
 
@@ -307,14 +308,14 @@ def scenarios(
     layouts: tuple[str, ...] = ("auto", "packed", "dense"),
     residuals: tuple[str, ...] = ("episodic", "persistent"),
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
-    mask_probs: tuple[float, ...] = (0.0, 0.1, 0.5, 0.75, 0.9, 0.97),
+    mask_probs: tuple[float, ...] = (0.5, 0.1, 0.75, 0.9, 0.97, 0.0),
     carry_state: tuple[bool, ...] = (False, True),
 ) -> Scenario:
     """Any scenario that ``case`` can run."""
     flags = st.booleans()
     probs = st.sampled_from(mask_probs)
-    decays = st.sampled_from([0.0, 0.3, 0.9, 1.0])
-    granularities = st.sampled_from(["element", "row", 1, 2, 3, 5])
+    decays = st.sampled_from([0.3, 0.9, 0.0, 1.0])
+    granularities = st.sampled_from(["element", "row", 2, 3, 5, 1])
     layout = draw(st.sampled_from(layouts if case.elementwise else ("auto", "dense")))
     # A fused step walks parameter and gradient through memory side by side, whatever their strides.
     fused = bool(case.kwargs.get("fused"))
@@ -354,7 +355,7 @@ def scenarios(
         settings=dict(
             mask_prob=draw(probs),
             exclude="head.*" if excluding else (),
-            resample_every=draw(st.sampled_from([1, 2, 3, None])),
+            resample_every=draw(st.sampled_from([2, 1, 3, None])),
             anchor_decay=draw(decays),
             residual=draw(st.sampled_from(residuals)),
             rescale=draw(flags),

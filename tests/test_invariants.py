@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,9 +19,13 @@ from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import DENSE_GRADIENTS, ELEMENTWISE, Case
 from tests.reference import Scenario, Trial, bits, copies, same_bits, scenarios
 
-MIXED = (0.1, 0.5, 0.75, 0.9)
+MIXED = (0.5, 0.1, 0.75, 0.9)
 EVERY_CASE = st.sampled_from(DENSE_GRADIENTS)
 PATHOLOGICAL = st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e38, -0.0])
+
+
+# Each property is of all optimizers at once.
+MORE_EXAMPLES = settings(max_examples=3 * settings().max_examples)
 
 
 @st.composite
@@ -46,6 +50,7 @@ def mixed_masks(trial: Trial) -> list[Tensor]:
 # Invariants 1 to 4: what moves, and when
 
 
+@MORE_EXAMPLES
 @given(runs(poisoned=True, residuals=("episodic",)))
 def test_invariant_1_off_s_the_live_weights_are_the_anchor(scenario: Scenario) -> None:
     """Bit for bit after every step, whatever the gradients; on S too when an episode has just begun."""
@@ -61,6 +66,7 @@ def test_invariant_1_off_s_the_live_weights_are_the_anchor(scenario: Scenario) -
         before, masks = copies(trial.mixed), now
 
 
+@MORE_EXAMPLES
 @given(runs(poisoned=True, residuals=("persistent",)))
 def test_invariant_1_persistent_residual(scenario: Scenario) -> None:
     """Off the mask the model computes with the anchor."""
@@ -70,6 +76,7 @@ def test_invariant_1_persistent_residual(scenario: Scenario) -> None:
         assert same_bits(where(trial.mixed, masks, False), where(trial.anchors(), masks, False))
 
 
+@MORE_EXAMPLES
 @given(runs(poisoned=True))
 def test_invariant_2_within_an_episode_neither_anchor_nor_set_changes(scenario: Scenario) -> None:
     trial = Trial(scenario)
@@ -81,6 +88,7 @@ def test_invariant_2_within_an_episode_neither_anchor_nor_set_changes(scenario: 
         anchors, masks, episode = trial.anchors(), mixed_masks(trial), trial.optimizer.episode
 
 
+@MORE_EXAMPLES
 @given(runs(residuals=("episodic",), mask_probs=MIXED))
 def test_invariant_3_the_anchor_moves_on_s_at_an_episodes_end(scenario: Scenario) -> None:
     """By the EMA formula, each new value between the old anchor and the live weight."""
@@ -101,6 +109,7 @@ def test_invariant_3_the_anchor_moves_on_s_at_an_episodes_end(scenario: Scenario
                 torch.testing.assert_close(new, lam * old + (1 - lam) * theta)
 
 
+@MORE_EXAMPLES
 @given(runs(poisoned=True))
 def test_invariant_4_with_decay_1_the_anchor_is_the_pretrained_tensor_forever(
     scenario: Scenario,
@@ -113,6 +122,7 @@ def test_invariant_4_with_decay_1_the_anchor_is_the_pretrained_tensor_forever(
     assert same_bits(trial.anchors(), pretrained)
 
 
+@MORE_EXAMPLES
 @given(runs(residuals=("episodic",)))
 def test_invariant_4_with_decay_0_an_episodes_end_moves_no_weight(scenario: Scenario) -> None:
     scenario = scenario.without_groups("anchor_decay").with_settings(
@@ -135,30 +145,46 @@ def test_invariant_4_with_decay_0_an_episodes_end_moves_no_weight(scenario: Scen
     assert (ending.optimizer.episode, endless.optimizer.episode) == (1, 0)
 
 
-def expected_cells(numel: int, rows: int, granularity: str | int) -> int:
-    if granularity == "row":
-        return rows
-    return numel if granularity == "element" or numel % granularity else numel // granularity
+# Tensors of 48, 12, 7 and 1 weights under each granularity: (cells, width).
+GRIDS: dict[str | int, list[tuple[int, int]]] = {
+    "element": [(48, 1), (12, 1), (7, 1), (1, 1)],
+    "row": [(6, 8), (12, 1), (7, 1), (1, 1)],
+    1: [(48, 1), (12, 1), (7, 1), (1, 1)],
+    3: [(16, 3), (4, 3), (7, 1), (1, 1)],
+    4: [(12, 4), (3, 4), (7, 1), (1, 1)],
+    5: [(48, 1), (12, 1), (7, 1), (1, 1)],
+}
 
 
-@given(runs(mask_probs=(0.0, 0.1, 0.5, 0.9)))
-def test_masks_are_whole_cells_of_each_groups_granularity_and_density(scenario: Scenario) -> None:
-    """And all of a tensor that is not mixed, by its group's mask_prob or by its name."""
-    trial = Trial(scenario)
-    settings = scenario.settings
-    own = [group for specs, group in scenario.groups for _ in specs]
-    for _ in trial.run():
-        for mask, mix, group in zip(trial.masks(), trial.mixes, own, strict=True):
-            if mix.p == 0 or mask.numel() == 0:
-                assert mask.all()
-                continue
-            granularity = group.get("granularity", settings["granularity"])
-            rows = mask.shape[0] if mask.ndim else 1
-            cells = mask.reshape(expected_cells(mask.numel(), rows, granularity), -1)
-            assert (cells.all(1) == cells.any(1)).all()
-            if settings["sampler"] == "stratified":
-                count = max(1, round((1 - mix.p) * len(cells)))
-                assert int(cells[:, 0].sum()) == count
+@pytest.mark.parametrize("granularity", GRIDS)
+@pytest.mark.parametrize("p", [0.25, 0.9])
+@pytest.mark.parametrize("by_group", [True, False])
+def test_masks_are_whole_cells_of_the_granularity_and_density_asked_for(
+    by_group: bool, p: float, granularity: Any
+) -> None:
+    """By the group's own keys where it has them; all is active in a group with mask_prob 0, and in one excluded."""
+    tensors = [nn.Parameter(torch.randn(shape)) for shape in [(6, 8), (12,), (7,), ()]]
+    named = [(f"body.{i}", tensor) for i, tensor in enumerate(tensors)]
+    unmixed, head = nn.Parameter(torch.randn(30)), nn.Parameter(torch.randn(30))
+    asked = dict(mask_prob=p, granularity=granularity)
+    other = dict(mask_prob=0.5, granularity="row" if granularity == "element" else "element")
+    base = torch.optim.SGD(
+        [
+            dict(params=named, **(asked if by_group else {})),
+            dict(params=[("plain", unmixed)], mask_prob=0.0),
+            dict(params=[("head", head)]),
+        ],
+        lr=0.1,
+    )
+    optimizer = GMixoutOptimizer(base, exclude="head", **(other if by_group else asked))
+    for _ in range(3):
+        for tensor, (cells, width) in zip(tensors, GRIDS[granularity], strict=True):
+            mask = optimizer.active_mask(tensor).reshape(cells, width)
+            assert (mask.all(1) == mask.any(1)).all()
+            assert int(mask[:, 0].sum()) == max(1, round((1 - p) * cells))
+        assert optimizer.active_mask(unmixed).all()
+        assert optimizer.active_mask(head).all()
+        optimizer.resample()
 
 
 # Invariant 9: eval_weights and consolidate
@@ -170,6 +196,7 @@ def advance(trial: Trial, steps: int) -> Trial:
     return trial
 
 
+@MORE_EXAMPLES
 @given(st.data())
 def test_invariant_9_eval_weights_shows_what_consolidate_would_leave(data: st.DataObject) -> None:
     """And puts the live weights back bit for bit."""
@@ -183,6 +210,7 @@ def test_invariant_9_eval_weights_shows_what_consolidate_would_leave(data: st.Da
     assert same_bits(shown.params, live)
 
 
+@MORE_EXAMPLES
 @given(st.data())
 def test_invariant_9_eval_weights_leaves_no_trace(data: st.DataObject) -> None:
     """A run with validation in every step takes the same steps as one without."""
@@ -196,6 +224,7 @@ def test_invariant_9_eval_weights_leaves_no_trace(data: st.DataObject) -> None:
     assert plain.optimizer.steps_in_episode == validated.optimizer.steps_in_episode
 
 
+@MORE_EXAMPLES
 @given(st.data())
 def test_invariant_9_also_when_the_body_raises_or_nests(data: st.DataObject) -> None:
     scenario = data.draw(runs(mask_probs=MIXED))
@@ -218,6 +247,7 @@ def test_invariant_9_also_when_the_body_raises_or_nests(data: st.DataObject) -> 
     assert same_bits(trial.params, live)
 
 
+@MORE_EXAMPLES
 @given(st.data())
 def test_invariant_9_consolidate_twice_equals_once(data: st.DataObject) -> None:
     scenario = data.draw(runs())
@@ -369,6 +399,7 @@ def test_random_masking_trains_one_fixed_set(case: Case, data: st.DataObject) ->
     assert same_bits(trial.live(), live)
 
 
+@MORE_EXAMPLES
 @given(runs(mask_probs=MIXED))
 def test_resample_is_what_the_last_step_of_an_episode_does(scenario: Scenario) -> None:
     period = 2
@@ -394,6 +425,7 @@ def test_resample_is_what_the_last_step_of_an_episode_does(scenario: Scenario) -
     assert len(calls) == scenario.steps // period
 
 
+@MORE_EXAMPLES
 @given(st.data())
 def test_resync_takes_the_weights_in_the_model_as_anchor(data: st.DataObject) -> None:
     """Changing none of them, nor what the base knows of parameters that are not mixed; a new episode begins."""
@@ -414,6 +446,7 @@ def test_resync_takes_the_weights_in_the_model_as_anchor(data: st.DataObject) ->
         assert same_bits(trial.params, loaded)
 
 
+@MORE_EXAMPLES
 @given(st.data())
 def test_the_report_counts_inactive_weights_changed_from_outside(data: st.DataObject) -> None:
     """inactive_differing: exactly those in the dense layouts, None or 0 in the packed one; 0 after resync."""
