@@ -25,7 +25,7 @@ demo: $(READY)  ## fine-tune the pretrained model with and without GMixout: tabl
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-thorough: $(READY)  ## run the tests with ten times the generated examples
+test-thorough: $(READY)  ## run the tests with more than twice the generated examples
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(READY)  ## check format and style

@@ -25,7 +25,7 @@ from gmixout_optim.bases import (
     with_own_hooks,
 )
 from gmixout_optim.index_sets import stratified_cells
-from gmixout_optim.layout import Draw, Layout, Slot, check_gradient, fitting, placement_of
+from gmixout_optim.layout import KEY, Draw, Layout, Slot, check_gradient, fitting, placement_of
 from gmixout_optim.mixed_tensor import MixedTensor
 
 
@@ -220,25 +220,27 @@ class PackedLayout(Layout):
     def _traceable(self) -> Iterator[None]:
         """Make a lent base one that is compiled once: lr a tensor, the plain form of the step.
 
-        A float lr would compile again when it changes, and a fused or foreach step cannot be fused with gather and
-        scatter.
+        A float lr and the wrapper's counters would compile again when they change, and a fused or foreach step cannot
+        be fused with gather and scatter.
         """
+        hidden = (KEY, "mask_prob", "anchor_decay", "granularity")
+        options = ("lr", "fused", "foreach", *hidden)
         own: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (group, {key: group[key] for key in ("lr", "fused", "foreach") if key in group})
+            (group, {key: group[key] for key in options if key in group})
             for group in self.base.param_groups
         ]
         try:
-            for number, (group, options) in enumerate(own):
-                for key in options:
-                    if key != "lr":
-                        group[key] = False
+            for number, (group, saved) in enumerate(own):
+                for key in hidden:
+                    del group[key]
+                group.update({key: False for key in ("fused", "foreach") if key in saved})
                 if not isinstance(group["lr"], Tensor):
                     lr = self._lrs.setdefault(number, torch.zeros((), dtype=torch.float64))
                     group["lr"] = lr.fill_(group["lr"])
             yield
         finally:
-            for group, options in own:
-                group.update(options)
+            for group, saved in own:
+                group.update(saved)
 
 
 class Kernels:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("quick", max_examples=25, derandomize=True, **_COMMON)
-settings.register_profile("thorough", max_examples=250, **_COMMON)
+settings.register_profile("thorough", max_examples=60, **_COMMON)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "thorough" if os.environ.get("CI") else "quick")
 )

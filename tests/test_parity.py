@@ -139,6 +139,11 @@ def test_a_nan_gradient_off_the_active_set_changes_nothing(data: st.DataObject) 
     assert same_bits(clean.live(), poisoned.live())
 
 
+def drifts_of(trial: Trial) -> list[float]:
+    """How far the report says that each mixed tensor has moved."""
+    return [tensor.drift or 0.0 for tensor in trial.optimizer.report().tensors if tensor.mixed]
+
+
 @pytest.mark.parametrize("name", ["SGD-momentum", "AdamW", "Adafactor", "Muon"])
 @given(data=st.data())
 def test_the_memory_format_may_change_while_training(name: str, data: st.DataObject) -> None:
@@ -149,7 +154,10 @@ def test_the_memory_format_may_change_while_training(name: str, data: st.DataObj
     reference = trial.reference()
     for step in range(scenario.steps):
         if step == when:
+            drifts = drifts_of(trial)
             trial.change_memory(memory)
+            assert drifts_of(trial) == pytest.approx(drifts)
+            assert_agree(trial, reference, "when it changes")
         trial.step(reference)
         assert_agree(trial, reference, f"after step {step + 1}")
 
