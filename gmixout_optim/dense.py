@@ -23,7 +23,7 @@ class _WholeParameters(Layout):
 
     def step(self, tensors: Iterable[MixedTensor], closure: Closure | None) -> Any:
         tensors = list(tensors)
-        values = {tensor: slot.value for tensor, slot in self.slots.items()}
+        values = {tensor: slot.value for tensor, slot in self.open_slots()}
         mixed = {tensor.param for tensor in tensors}
         others = [
             (param, param.detach().clone())
@@ -83,7 +83,7 @@ class _WholeParameters(Layout):
         """Nothing to do: the base keeps its state whole."""
 
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
-        slot = self.slots.get(tensor)
+        slot = self.trained_slot(tensor)
         return (tensor.param.detach() if slot is None else slot.anchor).clone()
 
     def _write_trained(self, tensor: MixedTensor, slot: Slot) -> None:

@@ -134,6 +134,10 @@ class Layout(ABC):
         for tensor in list(self.slots):
             yield tensor, self.slot(tensor)
 
+    def trained_slot(self, tensor: MixedTensor) -> Slot | None:
+        """The tensor's slot where it has one."""
+        return self.slot(tensor) if tensor in self.slots else None
+
     def slot(self, tensor: MixedTensor) -> Slot:
         """The tensor's slot, opened at its first use and moved to wherever its parameter has gone."""
         slot = self.slots.get(tensor)

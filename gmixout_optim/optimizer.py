@@ -400,7 +400,7 @@ class GMixoutOptimizer(Optimizer):
     def slot_of(self, param: Tensor) -> Slot | None:
         """What the library keeps of a parameter in the running episode; None while it has never been trained."""
         tensor = self.mixed.get(param)
-        return None if tensor is None else self.layout.slots.get(tensor)
+        return None if tensor is None else self.layout.trained_slot(tensor)
 
     def _draw(self, tensor: MixedTensor, *kernel: Callable[..., Tensor]) -> Tensor:
         return tensor.draw(self.run["seed"], self.episode, self.run["sampler"], *kernel)

@@ -129,7 +129,7 @@ class PackedLayout(Layout):
 
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         dense = tensor.copy_of(tensor.param)
-        slot = self.slots.get(tensor)
+        slot = self.trained_slot(tensor)
         if slot is not None:
             mixing.scatter_([tensor.view(dense)], [slot.index], [slot.anchor])
         return dense
