@@ -191,7 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     count = _number(int, "a whole number, at least 1", lambda n: n >= 1)
     rate = _number(float, "a positive number", lambda lr: 0 < lr < math.inf)
     add("--domain", choices=DOMAINS, default="fluent_mono", help="drawing style to fine-tune on")
-    add("--seeds", metavar="N", type=count, default=2, help="runs per method, with seeds 0, 1, ...")
+    add("--seeds", metavar="N", type=count, default=3, help="runs per method, with seeds 0, 1, ...")
     add("--epochs", metavar="N", type=count, default=16, help="passes over the training images")
     add("--batch-size", metavar="N", type=count, default=32, help="images per step")
     add(
