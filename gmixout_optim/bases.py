@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -60,18 +59,13 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
     Global step hooks belong to the step that the user called, the wrapper's: entered from above they would
     fire twice.
     """
-    args = () if closure is None else (closure,)
-    return with_own_hooks(base, _step_beneath_hooks(base), args)
-
-
-def with_own_hooks(base: Optimizer, step: Callable[..., Any], args: tuple[Any, ...] = ()) -> Any:
-    """``step(*args)`` between the hooks that were registered on the base."""
+    args: tuple[Any, ...] = () if closure is None else (closure,)
     kwargs: dict[str, Any] = {}
     for pre_hook in base._optimizer_step_pre_hooks.values():
         changed = pre_hook(base, args, kwargs)
         if changed is not None:
             args, kwargs = changed
-    loss = step(*args, **kwargs)
+    loss = _step_beneath_hooks(base)(*args, **kwargs)
     for post_hook in base._optimizer_step_post_hooks.values():
         post_hook(base, args, kwargs)
     # A scheduler that was built on the base looks here for a step before its own.
@@ -80,17 +74,22 @@ def with_own_hooks(base: Optimizer, step: Callable[..., Any], args: tuple[Any, .
 
 
 def _step_beneath_hooks(base: Optimizer) -> Callable[..., Any]:
-    patched: Callable[..., Any] | None = base.__dict__.get("step")
-    if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
+    patched = _patched_step(base)
+    if patched is not None:
         return patched  # somebody's own: theirs to keep
     step: Any = type(base).step
     return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, base)
 
 
-def traceable_step(base: Optimizer) -> Callable[[Optimizer], Any]:
-    """The function at the bottom of the base's ``step``: torch's wrappers around it break a compiled graph."""
-    step: Callable[[Optimizer], Any] = inspect.unwrap(type(base).step)
-    return step
+def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
+    patched: Callable[..., Any] | None = base.__dict__.get("step")
+    return None if hasattr(patched, "_wrapped_by_lr_sched") else patched
+
+
+def step_is_its_own(base: Optimizer) -> bool:
+    """Whether the base's step is that of its class, without hooks on this base and not patched."""
+    hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    return not hooks and _patched_step(base) is None
 
 
 def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
@@ -152,6 +151,11 @@ def resets_in_place(base: Optimizer) -> bool:
     # SGD's first momentum is the gradient undamped: only a missing buffer says so.
     damped = any(group.get("dampening") for group in base.param_groups)
     return type(base) in ELEMENTWISE and type(base) not in _BEGINS_AT_LR and not damped
+
+
+def keeps_state(base: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether an element-wise base has any state for the parameters of a group once it has stepped."""
+    return not isinstance(base, torch.optim.SGD) or group["momentum"] != 0
 
 
 def fresh_value(base: Optimizer, group: dict[str, Any], key: str) -> float | Tensor:

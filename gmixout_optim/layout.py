@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,26 @@ class Slot:
     value: Tensor
     anchor: Tensor
     placement: tuple[torch.device, tuple[int, ...]]
+
+
+Row = tuple[MixedTensor, Slot]
+
+
+def columns(
+    rows: list[Row],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Views, indices, values and anchors, as :mod:`gmixout_optim.mixing` takes them."""
+    return (
+        [tensor.view(tensor.param) for tensor, _ in rows],
+        [slot.index for _, slot in rows],
+        [slot.value for _, slot in rows],
+        [slot.anchor for _, slot in rows],
+    )
+
+
+def gradients(rows: list[Row]) -> list[Tensor]:
+    """The gradients, all of which there are, as :mod:`gmixout_optim.mixing` takes them."""
+    return [tensor.view(cast(Tensor, tensor.param.grad)) for tensor, _ in rows]
 
 
 class Layout(ABC):
@@ -127,8 +147,7 @@ class Layout(ABC):
             yield
         finally:
             for tensor, slot in self.slots.items():
-                own = {"value": slot.value, "anchor": slot.anchor}
-                self.base.state[tensor.param] = {**self.base.state.get(tensor.param, {}), KEY: own}
+                state[tensor.param][KEY] = {"value": slot.value, "anchor": slot.anchor}
 
     def open_slots(self) -> Iterator[tuple[MixedTensor, Slot]]:
         for tensor in list(self.slots):

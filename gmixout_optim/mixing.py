@@ -35,7 +35,17 @@ def gather_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
     """Write packed values (cast to the view's dtype) to the active cells of each view, in place."""
     for view, index, values in zip(views, indices, packed, strict=True):
-        view.index_copy_(0, index.long(), values.to(view.dtype).view(-1, *view.shape[1:]))
+        cells = values.to(view.dtype).view(-1, *view.shape[1:])
+        if view.ndim == 2 and view.is_cpu and _in_words(view) and _in_words(cells):
+            # On a CPU the copy takes time for each item, whatever its size.
+            view, cells = view.view(torch.float64), cells.view(torch.float64)
+        view.index_copy_(0, index.long(), cells)
+
+
+def _in_words(rows: Tensor) -> bool:
+    """Whether rows consist of whole, aligned words of 8 bytes."""
+    size = rows.element_size()
+    return rows.shape[1] * size % 8 == 0 and rows.storage_offset() * size % 8 == 0
 
 
 def model_values(
@@ -63,11 +73,11 @@ def moved_anchors(
     return [_moved(*ends) for ends in zip(anchors, values, decays, strict=True)]
 
 
-def _moved(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
+def _moved(anchor: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     # At its two ends lerp would turn inf into nan.
-    if decay == 0:
+    if not isinstance(decay, Tensor) and decay == 0:
         return value.clone()
-    if decay == 1:
+    if not isinstance(decay, Tensor) and decay == 1:
         return anchor.clone()
     return torch.lerp(anchor, value, 1 - decay)
 
@@ -77,7 +87,7 @@ def end_episode_(
     indices: Sequence[Tensor],
     values: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    decays: Sequence[float],
+    decays: Sequence[float | Tensor],
 ) -> None:
     """Move the packed anchors and write them to the active cells of the views: theta = A everywhere."""
     for view, index, value, anchor, decay in zip(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,12 +19,19 @@ from gmixout_optim.bases import (
     fill_,
     per_cell_state,
     renew_state,
-    resets_in_place,
-    traceable_step,
-    with_own_hooks,
 )
-from gmixout_optim.index_sets import stratified_cells
-from gmixout_optim.layout import KEY, Draw, Layout, Slot, check_gradient, fitting, placement_of
+from gmixout_optim.compiled import Compiler, draw
+from gmixout_optim.layout import (
+    Draw,
+    Layout,
+    Row,
+    Slot,
+    check_gradient,
+    columns,
+    fitting,
+    gradients,
+    placement_of,
+)
 from gmixout_optim.mixed_tensor import MixedTensor
 
 
@@ -45,13 +51,10 @@ class PackedLayout(Layout):
         self, base: Optimizer, draw: Draw, compile: bool | None, static_shapes: bool
     ) -> None:
         super().__init__(base, draw)
-        self.compile = compile
-        self.static_shapes = static_shapes
-        self._compiled: Kernels | None = None
-        self._lrs: dict[int, Tensor] = {}
+        self.compiler = Compiler(base, compile, static_shapes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None, "workspace": {}}
+        return {**self.__dict__, "workspace": {}}
 
     def open(self, tensor: MixedTensor) -> Slot:
         index = tensor.address(self.draw(tensor))
@@ -65,53 +68,46 @@ class PackedLayout(Layout):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = {tensor: tensor.param.grad for tensor in mixed if tensor.param.grad is not None}
-        for tensor in grads:
+        learning = [tensor for tensor in mixed if tensor.param.grad is not None]
+        for tensor in learning:
             check_gradient(tensor)
-        trained = [(tensor, self.slot(tensor)) for tensor in grads]
-        columns = _columns(trained)
-        gradients = [tensor.view(grad) for tensor, grad in grads.items()]
-        scales = [tensor.scale for tensor in grads]
-        with self._lend(trained):
-            kernels = self._kernels()
-            if kernels is None:
-                packed_step(enter_step, self.base, *columns, gradients, scales)
-            else:
-                step = partial(kernels.step, traceable_step(self.base), self.base)
-                with self._traceable():
-                    with_own_hooks(self.base, partial(step, *columns, gradients, scales))
+        trained = [(tensor, self.slot(tensor)) for tensor in learning]
+        compiled, eager = self.compiler.split_step(trained)
+        with self._lend(eager, hidden={tensor.param for tensor, _ in compiled}):
+            self._eager_step(eager)
+        self.compiler.step(compiled)
         return loss
 
     def end_episode(self) -> None:
-        open_slots = list(self.open_slots())
-        kernels = self._kernels()
-        (mixing.end_episode_ if kernels is None else kernels.end_episode_)(
-            *_columns(open_slots), [tensor.anchor_decay for tensor, _ in open_slots]
-        )
+        compiled, eager = self.compiler.split(list(self.open_slots()))
+        mixing.end_episode_(*columns(eager), [tensor.anchor_decay for tensor, _ in eager])
+        self.compiler.end_episode(compiled)
 
     def begin_episode(self, previous: Draw, carry_state: bool) -> None:
-        open_slots = list(self.open_slots())
-        kernels = self._kernels()
-        for tensor, slot in open_slots:
-            cell = self.draw(tensor) if kernels is None else self.draw(tensor, kernels.draw)
-            index = tensor.address(cell)
-            shape = torch.Size([cell.shape[0] * tensor.width])
-            rebuild = (
-                _carrying(tensor, previous(tensor), cell, shape)
-                if carry_state
-                else lambda state, start, shape=shape: fill_(state.new_empty(shape), start)
-            )
-            renew_state(
-                self.base, tensor.param, tensor.group, slot.value.shape, rebuild, carry_state
-            )
-            if shape == slot.value.shape:
-                slot.index.copy_(index)  # in place: compiled code keeps its buffers
-            else:
-                slot.index = index
-                slot.value, slot.anchor = slot.value.new_empty(shape), slot.anchor.new_empty(shape)
-        (mixing.begin_episode_ if kernels is None else kernels.begin_episode_)(
-            *_columns(open_slots)
-        )
+        compiled, eager = self.compiler.split(list(self.open_slots()))
+        for tensor, slot in compiled:
+            self._redraw(tensor, slot, self.draw(tensor, draw()), previous, carry_state)
+        for tensor, slot in eager:
+            self._redraw(tensor, slot, self.draw(tensor), previous, carry_state)
+        mixing.begin_episode_(*columns(eager))
+        self.compiler.begin_episode(compiled)
+
+    def _redraw(
+        self, tensor: MixedTensor, slot: Slot, cell: Tensor, previous: Draw, carry_state: bool
+    ) -> None:
+        """Put new cells into use: the index set and room for the values in the slot, the base's state."""
+        index = tensor.address(cell)
+        shape = torch.Size([cell.shape[0] * tensor.width])
+        if carry_state:
+            rebuild = _carrying(tensor, previous(tensor), cell, shape)
+        else:
+            rebuild = partial(_restarting, shape)
+        renew_state(self.base, tensor.param, tensor.group, slot.value.shape, rebuild, carry_state)
+        if shape == slot.value.shape:
+            slot.index.copy_(index)  # in place: compiled code keeps its buffers
+        else:
+            slot.index = index
+            slot.value, slot.anchor = slot.value.new_empty(shape), slot.anchor.new_empty(shape)
 
     def reanchor(self) -> None:
         """Nothing to do: an episode begins from the weights in the model."""
@@ -157,24 +153,23 @@ class PackedLayout(Layout):
         for key in per_cell_state(state, tensor.param.shape):
             state[key] = _gather(tensor, state[key], slot.index)
 
-    def _kernels(self) -> Kernels | None:
-        """The compiled forms, where compiling is asked for and nothing forces it to happen again and again."""
-        wanted = self.compile
-        if wanted is None:
-            # Without Triton (on Windows, say) torch.compile has nothing to compile to on CUDA.
-            on_cuda = any(tensor.param.is_cuda for tensor in self.slots)
-            wanted = on_cuda and importlib.util.find_spec("triton") is not None
-        if not wanted or not self.static_shapes or not resets_in_place(self.base):
-            return None
-        if self._compiled is None:
-            self._compiled = Kernels()
-        return self._compiled
+    def _eager_step(self, rows: list[Row]) -> None:
+        """Gather, step, scatter, the base working on the packed values with their gradients in buffers."""
+        views, indices, values, anchors = columns(rows)
+        scales = [tensor.scale for tensor, _ in rows]
+        packed = [value.grad for value in values if value.grad is not None]
+        mixing.gather_(gradients(rows), indices, packed)
+        for grad, scale in zip(packed, scales, strict=True):
+            if scale != 1:
+                grad.mul_(scale)
+        enter_step(self.base)
+        mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
 
     @contextmanager
-    def _lend(self, trained: list[tuple[MixedTensor, Slot]]) -> Iterator[None]:
+    def _lend(self, trained: list[Row], hidden: set[Tensor]) -> Iterator[None]:
         """The base sees packed vectors in its groups and as keys of its state, in place of the parameters.
 
-        Outside this block both are the user's: groups hold the model's parameters and state is keyed by them.
+        ``hidden`` parameters it does not see. Outside this block both are the user's: groups hold the model's parameters and state is keyed by them.
         """
         base = self.base
         lent = {tensor.param: slot.value for tensor, slot in trained}
@@ -185,7 +180,9 @@ class PackedLayout(Layout):
             for tensor, slot in trained:
                 slot.value.grad = self._gradient_buffer(tensor, slot)
             for group, params in groups:
-                group["params"] = [lent.get(param, param) for param in params]
+                group["params"] = [
+                    lent.get(param, param) for param in params if param not in hidden
+                ]
             base.state = defaultdict(
                 dict, {lent.get(key, key): value for key, value in state.items()}
             )
@@ -216,84 +213,16 @@ class PackedLayout(Layout):
                 self.workspace[tensor] = buffer
         return buffer
 
-    @contextmanager
-    def _traceable(self) -> Iterator[None]:
-        """Make a lent base one that is compiled once: lr a tensor, the plain form of the step.
-
-        A float lr and the wrapper's counters would compile again when they change, and a fused or foreach step cannot
-        be fused with gather and scatter.
-        """
-        hidden = (KEY, "mask_prob", "anchor_decay", "granularity")
-        options = ("lr", "fused", "foreach", *hidden)
-        own: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (group, {key: group[key] for key in options if key in group})
-            for group in self.base.param_groups
-        ]
-        try:
-            for number, (group, saved) in enumerate(own):
-                for key in hidden:
-                    del group[key]
-                group.update({key: False for key in ("fused", "foreach") if key in saved})
-                if not isinstance(group["lr"], Tensor):
-                    lr = self._lrs.setdefault(number, torch.zeros((), dtype=torch.float64))
-                    group["lr"] = lr.fill_(group["lr"])
-            yield
-        finally:
-            for group, saved in own:
-                group.update(saved)
-
-
-class Kernels:
-    """The packed step and the redraw, compiled: static shapes, one compilation each."""
-
-    def __init__(self) -> None:
-        # Shapes never change within an optimizer; a second one must not make them look dynamic.
-        self.step = torch.compile(packed_step, dynamic=False)
-        self.end_episode_ = torch.compile(mixing.end_episode_, dynamic=False)
-        self.begin_episode_ = torch.compile(mixing.begin_episode_, dynamic=False)
-        self.draw = torch.compile(stratified_cells, dynamic=True)
-
-
-def packed_step(
-    base_step: Callable[[Optimizer], Any],
-    base: Optimizer,
-    views: list[Tensor],
-    indices: list[Tensor],
-    values: list[Tensor],
-    anchors: list[Tensor],
-    grads: list[Tensor],
-    scales: list[float],
-) -> None:
-    """Gather the active gradients, step the base on the packed values, scatter what the model computes with.
-
-    Tensors as in :mod:`gmixout_optim.mixing`. ``values`` come with buffers for their gradients, which are filled;
-    ``base_step`` updates ``values`` from these.
-    """
-    packed = [value.grad for value in values if value.grad is not None]
-    mixing.gather_(grads, indices, packed)
-    for grad, scale in zip(packed, scales, strict=True):
-        if scale != 1:
-            grad.mul_(scale)
-    base_step(base)
-    mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
-
-
-def _columns(
-    slots: list[tuple[MixedTensor, Slot]],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Views, indices, values and anchors, as :mod:`gmixout_optim.mixing` takes them."""
-    return (
-        [tensor.view(tensor.param) for tensor, _ in slots],
-        [slot.index for _, slot in slots],
-        [slot.value for _, slot in slots],
-        [slot.anchor for _, slot in slots],
-    )
-
 
 def _gather(tensor: MixedTensor, dense: Tensor, index: Tensor) -> Tensor:
     """The active cells of a tensor of the parameter's shape, in the dtype they are trained in."""
     (packed,) = mixing.gather([tensor.view(dense)], [index])
     return packed.to(master_dtype(dense.dtype))
+
+
+def _restarting(shape: torch.Size, state: Tensor, start: float | Tensor) -> Tensor:
+    """Packed state for a new index set, fresh on all cells."""
+    return fill_(state.new_empty(shape), start)
 
 
 def _carrying(

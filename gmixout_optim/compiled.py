@@ -1,0 +1,248 @@
+"""The packed step and the redraw as code fused by torch.compile.
+
+Tensors go through compiled code a few at a time, those that are alike together: a model repeats its blocks, so few
+kernels serve all of it, and what was compiled for one optimizer serves the next. Each batch is gathered, stepped and
+scattered in one graph; its packed gradients are never written to memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cache, lru_cache
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gmixout_optim import mixing
+from gmixout_optim.bases import keeps_state, resets_in_place, step_is_its_own
+from gmixout_optim.index_sets import stratified_cells
+from gmixout_optim.layout import Row, columns, gradients
+
+# Compiling takes time for every tensor in a graph, calling it hardly any.
+BATCH = 4
+
+
+class Compiler:
+    """Decides which tensors' steps and redraws run compiled, and runs these.
+
+    Args:
+        base: the wrapped optimizer.
+        wanted: the user's ``compile``.
+        static_shapes: whether index sets keep their sizes when they are redrawn.
+    """
+
+    def __init__(self, base: Optimizer, wanted: bool | None, static_shapes: bool) -> None:
+        self.base = base
+        self.wanted = wanted
+        self.static_shapes = static_shapes
+        # By the number of the group: its lr as compiled code takes it, and the options that code was made for.
+        self._lrs: dict[int, Tensor] = {}
+        self._made_for: dict[int, Hashable] = {}
+
+    def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
+        if self.wanted is False or not self.static_shapes or not resets_in_place(self.base):
+            return [], rows
+        return _split(rows, self._wants)
+
+    def split_step(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        """The rows to step compiled, and the others.
+
+        A base with hooks of its own steps eagerly, because they may look at the packed gradients; so does a
+        tensor without state, which the base has to make, and a group whose options have changed.
+        """
+        wanted, others = self.split(rows)
+        if not wanted or not step_is_its_own(self.base):
+            return [], rows
+        groups = enumerate(self.base.param_groups)
+        settled = {id(group) for number, group in groups if self._is_settled(number, group)}
+        ready, unready = _split(
+            wanted, lambda row: id(row[0].group) in settled and self._has_state(row)
+        )
+        return ready, unready + others
+
+    def step(self, rows: list[Row]) -> None:
+        """Gather, step, scatter."""
+        plain = _without_optimizer(cast(Hashable, type(self.base)))
+        for number, group in enumerate(self.base.param_groups):
+            own = [row for row in rows if row[0].group is group]
+            if not own:
+                continue
+            options = self._options(number, group)
+            grads = gradients(own)
+            scales = [tensor.scale for tensor, _ in own]
+            states = [self.base.state[tensor.param] for tensor, _ in own]
+            views, indices, values, anchors = columns(own)
+            made_for = (plain, forms(options))
+            keys = [
+                (made_for, form(view), form(grad), value.shape, scale, tuple(state))
+                for view, grad, value, scale, state in zip(
+                    views, grads, values, scales, states, strict=True
+                )
+            ]
+            tensors = (views, indices, values, anchors, grads, scales, states)
+            _run(packed_step, keys, *tensors, plain=plain, options=options)
+
+    def end_episode(self, rows: list[Row]) -> None:
+        decays = [_decay(row) for row in rows]
+        fixed = [None if isinstance(decay, Tensor) else decay for decay in decays]
+        _run(mixing.end_episode_, _redraw_keys(rows, fixed), *columns(rows), decays)
+
+    def begin_episode(self, rows: list[Row]) -> None:
+        _run(mixing.begin_episode_, _redraw_keys(rows, [None] * len(rows)), *columns(rows))
+
+    def _wants(self, row: Row) -> bool:
+        tensor, _ = row
+        on_cuda = tensor.param.is_cuda
+        # Without Triton (on Windows, say) torch.compile has nothing to compile to on CUDA.
+        by_default = on_cuda and importlib.util.find_spec("triton") is not None
+        # On a CPU torch's own kernels move wide cells faster than compiled code does.
+        return (by_default if self.wanted is None else self.wanted) and (
+            on_cuda or tensor.width == 1
+        )
+
+    def _has_state(self, row: Row) -> bool:
+        tensor, _ = row
+        return bool(self.base.state.get(tensor.param)) or not keeps_state(self.base, tensor.group)
+
+    def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
+        options = forms(self._options(number, group))
+        settled = self._made_for.setdefault(number, options) == options
+        if not settled:
+            warnings.warn(
+                f"an option of parameter group {number} other than lr has changed since its step was compiled; to not "
+                "compile again at every change, the group steps eagerly while it differs",
+                stacklevel=2,
+            )
+        return settled
+
+    def _options(self, number: int, group: dict[str, Any]) -> dict[str, Any]:
+        """A group's options as compiled code takes them.
+
+        They choose the plain form of the step (a fused or foreach one cannot be fused with gather and scatter)
+        without branches on values. A float lr goes into a tensor: as a number it would compile again with every
+        change.
+        """
+        options = {key: group[key] for key in self.base.defaults}
+        chosen = {"fused": False, "foreach": False, "capturable": True}
+        options.update({key: value for key, value in chosen.items() if key in options})
+        if not isinstance(options["lr"], Tensor):
+            lr = self._lrs.setdefault(number, torch.zeros((), dtype=torch.float64))
+            options["lr"] = lr.fill_(options["lr"])
+        return options
+
+
+@cache
+def draw() -> Callable[..., Tensor]:
+    """The compiled form of the stratified sampler, one for all shapes."""
+    return torch.compile(stratified_cells, dynamic=True)
+
+
+def packed_step(
+    views: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    anchors: list[Tensor],
+    grads: list[Tensor],
+    scales: list[float],
+    states: list[dict[str, Any]],
+    *,
+    plain: type,
+    options: dict[str, Any],
+) -> None:
+    """Gather the active gradients, step the base on the packed values, scatter what the model computes with.
+
+    Tensors as in :mod:`gmixout_optim.mixing`; ``plain`` is :func:`_without_optimizer` of the base's class, ``options``
+    are those of the parameter group and ``states`` what the base keeps for each value.
+    """
+    for value, grad, scale in zip(values, mixing.gather(grads, indices), scales, strict=True):
+        grad = grad.to(value.dtype)
+        value.grad = grad if scale == 1 else grad * scale
+    base: Any = object.__new__(plain)
+    base._need_device_dtype_check_for_fused = False
+    base.param_groups = [{**options, "params": values}]
+    base.state = dict(zip(values, states, strict=True))
+    base.step()
+    mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
+    for value in values:
+        value.grad = None
+
+
+@cache
+def _without_optimizer(base: Any) -> type:
+    """A plain class with the methods of an optimizer's class.
+
+    Of an optimizer the compiler takes gradients and state as given before the graph; here gradients come into being
+    inside it. Methods come without what torch wraps around them, which would break the graph.
+    """
+    methods: dict[str, Any] = {}
+    for parent in reversed(base.__mro__[:-1]):
+        for name, item in vars(parent).items():
+            if inspect.isfunction(item) and not name.startswith("__"):
+                methods[name] = inspect.unwrap(item)
+    return type(base.__name__, (), methods)
+
+
+def form(tensor: Tensor) -> Hashable:
+    """What compiled code depends on of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def forms(items: dict[str, Any]) -> Hashable:
+    """What compiled code depends on of a base's state or options: a number among them is part of the code."""
+    return tuple(
+        (key, form(item) if isinstance(item, Tensor) else repr(item)) for key, item in items.items()
+    )
+
+
+def _redraw_keys(rows: list[Row], fixed: list[float | None]) -> list[Hashable]:
+    return [
+        (form(view), form(index), form(value), number)
+        for view, index, value, number in zip(*columns(rows)[:3], fixed, strict=True)
+    ]
+
+
+def _run(function: Any, keys: Sequence[Hashable], *rows: Sequence[Any], **same: Any) -> None:
+    """Call the compiled ``function`` with slices of the columns, a batch of rows with equal keys at a time."""
+    for key, places in _batches(keys):
+        _kernel(function, (key, len(places)))(
+            *[[item[place] for place in places] for item in rows], **same
+        )
+
+
+def _batches(keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
+    alike: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        alike.setdefault(key, []).append(place)
+    for key, places in alike.items():
+        for start in range(0, len(places), BATCH):
+            yield key, places[start : start + BATCH]
+
+
+@lru_cache(maxsize=1024)
+def _kernel(function: FunctionType, key: Hashable) -> Callable[..., None]:
+    """``function`` compiled for arguments of which ``key`` says all that the code depends on."""
+    # torch counts recompilations by code object and gives up after a few: every key has its own.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, dynamic=False, fullgraph=True)
+
+
+def _split(rows: list[Row], condition: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+    yes: list[Row] = []
+    no: list[Row] = []
+    for row in rows:
+        (yes if condition(row) else no).append(row)
+    return yes, no
+
+
+def _decay(row: Row) -> float | Tensor:
+    """The anchor decay as compiled code takes it: a tensor, so that it may change; its ends 0 and 1 are exact."""
+    tensor, slot = row
+    decay = tensor.anchor_decay
+    return decay if decay in (0, 1) else slot.anchor.new_full((), decay)
