@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import CASES, DENSE_GRADIENTS, Case
-from tests.training import assert_equal, small_model, train, weights
+from tests.training import assert_equal, freeze_and_thaw, small_model, train, weights
 
 
 def base_state(optimizer: torch.optim.Optimizer) -> dict:
@@ -36,15 +36,6 @@ def test_mask_prob_zero_is_the_bare_optimizer(
     model = copy.deepcopy(bare_model)
     bare = case(bare_model.named_parameters())
     wrapped = GMixoutOptimizer(case(model.named_parameters()), mask_prob=0.0, **settings)
-
-    def freeze_and_thaw(of: nn.Module):
-        # Missing gradients, a frozen layer, and one that is thawed again.
-        def hook(step: int) -> None:
-            if step in (2, 5):
-                of.head.weight.grad = None
-            of.body.weight.requires_grad_(step not in (3, 4))
-
-        return hook
 
     losses = train(bare_model, bare, range(8), freeze_and_thaw(bare_model))
     assert_equal(losses, train(model, wrapped, range(8), freeze_and_thaw(model)))

@@ -63,6 +63,17 @@ def train(
     return losses
 
 
+def freeze_and_thaw(model: nn.Module) -> Callable[[int], None]:
+    """For :func:`train`: steps without the head's gradient, and a body that is frozen and thawed again."""
+
+    def after_backward(step: int) -> None:
+        if step in (2, 5):
+            model.head.weight.grad = None
+        model.body.weight.requires_grad_(step not in (3, 4))
+
+    return after_backward
+
+
 def weights(model: nn.Module) -> list[Tensor]:
     return [param.detach().clone() for param in model.parameters()]
 
