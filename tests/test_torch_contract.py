@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -17,61 +16,6 @@ from torch.optim.optimizer import (
 from gmixout_optim import GMixoutOptimizer, mixout_param_groups
 from tests.optimizers import DENSE_GRADIENTS, ELEMENTWISE, Case
 from tests.training import assert_equal, loss_of, small_model, train, weights
-
-SCHEDULERS = {
-    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 2),
-    "Cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 8),
-    "OneCycle": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, total_steps=12),
-    "Sequential": lambda opt: lr_scheduler.SequentialLR(
-        opt,
-        [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.9)],
-        [3],
-    ),
-    "Lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
-}
-
-
-@pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_scheduler_may_hold_wrapper_or_base(kind: str) -> None:
-    """Built on the wrapper, on the base after wrapping, or on the base before: one learning rate, no warning."""
-    results, rates = [], []
-    for place in ("wrapper", "base after", "base before"):
-        model = small_model()
-        base = torch.optim.AdamW(model.parameters(), lr=0.05)
-        scheduler = SCHEDULERS[kind](base) if place == "base before" else None
-        optimizer = GMixoutOptimizer(base, resample_every=3)
-        if scheduler is None:
-            scheduler = SCHEDULERS[kind](base if place == "base after" else optimizer)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            for step in range(10):
-                train(model, optimizer, [step])
-                scheduler.step()
-        results.append(weights(model))
-        rates.append((optimizer.param_groups[0]["lr"], base.param_groups[0]["betas"]))
-    assert_equal(results[0], results[1])
-    assert_equal(results[0], results[2])
-    assert rates[0] == rates[1] == rates[2]
-
-
-def test_reduce_on_plateau() -> None:
-    model = small_model()
-    optimizer = GMixoutOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
-    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    for _ in range(3):
-        scheduler.step(1.0)
-    assert optimizer.base.param_groups[0]["lr"] < 1.0
-
-
-def test_a_tensor_learning_rate_stays_that_tensor() -> None:
-    model = small_model(torch.float32)
-    rate = torch.tensor(0.1)
-    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters(), lr=rate))
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
-    train(model, optimizer, range(2))
-    scheduler.step()
-    assert optimizer.param_groups[0]["lr"] is rate
-    assert float(rate) == pytest.approx(0.05)
 
 
 def test_global_and_own_hooks_fire_once() -> None:
