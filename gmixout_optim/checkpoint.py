@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from gmixout_optim.optimizer import GMixoutOptimizer
 
 # What says how far the run is. The rest of the run's settings must agree.
-_PROGRESS = ("seed", "episode", "steps_in_episode")
+_COUNTERS = ("seed", "episode", "steps_in_episode")
+_PROGRESS = (*_COUNTERS, "evaluating")
 
 
 def parameters(optimizer: GMixoutOptimizer) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
@@ -145,8 +146,10 @@ def _check_settings(saved: dict[str, Any], own: dict[str, Any], where: str) -> N
             f"state_dict has format version {saved.get('version')!r}, this library reads version {own['version']}"
         )
     for key in _PROGRESS:
-        if type(saved.get(key)) is not int or saved[key] < 0:
-            raise ValueError(f"state_dict has {key}={saved.get(key)!r} in {where}: it is damaged")
+        value = saved.get(key)
+        fits = type(value) is int and value >= 0 if key in _COUNTERS else type(value) is bool
+        if not fits:
+            raise ValueError(f"state_dict has {key}={value!r} in {where}: it is damaged")
     for key, value in own.items():
         if key not in _PROGRESS and saved.get(key) != value:
             raise ValueError(

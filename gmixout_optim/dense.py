@@ -50,7 +50,7 @@ class _WholeParameters(Layout):
             for tensor in grads:
                 slot = self.slots[tensor]
                 slot.value = self._read_trained(tensor, slot)
-                self._write_theta(tensor, slot)
+                self.write_theta(tensor, slot)
             return_grads()
 
         def return_grads() -> None:
@@ -72,7 +72,7 @@ class _WholeParameters(Layout):
         except BaseException:
             for tensor, value in values.items():
                 self.slots[tensor].value = value
-                self._write_theta(tensor, self.slots[tensor])
+                self.write_theta(tensor, self.slots[tensor])
             for param, weights in others:
                 param.detach().copy_(weights)
             return_grads()
@@ -92,10 +92,6 @@ class _WholeParameters(Layout):
 
     def _read_trained(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         """What the base made of it, a new tensor."""
-        raise NotImplementedError
-
-    def _write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
-        """Make the parameter hold what the model computes with."""
         raise NotImplementedError
 
 
@@ -180,7 +176,7 @@ class DenseLayout(_WholeParameters):
     def _read_trained(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         return self.live(tensor, slot)
 
-    def _write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
+    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
         tensor.param.detach().copy_(slot.anchor)
         self.show(tensor, slot, self._theta(tensor, slot))
 
@@ -205,7 +201,7 @@ class PersistentLayout(_WholeParameters):
     def begin_episode(self, previous: Draw, carry_state: bool) -> None:
         for tensor, slot in self.open_slots():
             slot.index = tensor.address(self.draw(tensor))
-            self._write_theta(tensor, slot)
+            self.write_theta(tensor, slot)
 
     def reanchor(self) -> None:
         for tensor, slot in self.open_slots():
@@ -245,7 +241,7 @@ class PersistentLayout(_WholeParameters):
     def _read_trained(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         return tensor.param.detach().clone()
 
-    def _write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
+    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
         view = tensor.view(tensor.param)
         learned, anchor = mixing.gather(
             [tensor.view(slot.value), tensor.view(slot.anchor)], [slot.index] * 2

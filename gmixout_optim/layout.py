@@ -108,6 +108,10 @@ class Layout(ABC):
         """Write what :meth:`live` or :meth:`deployed` gave into the model."""
 
     @abstractmethod
+    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
+        """Make the parameter hold the live weights again, from what is kept of them."""
+
+    @abstractmethod
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         """A copy of the anchor with the parameter's shape and dtype."""
 

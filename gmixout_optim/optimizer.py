@@ -137,7 +137,7 @@ class GMixoutOptimizer(Optimizer):
         # and state stay the base's, one truth whichever of the two a scheduler or a loop holds.
         super().__setstate__({"defaults": {**base.defaults, **group_defaults}})
         self._resample_hooks: OrderedDict[int, ResampleHook] = OrderedDict()
-        self._showing_deployed = False
+        self._live: list[tuple[MixedTensor, Slot, Tensor]] | None = None
 
         mixed = self._find_mixed(base.param_groups, first_number=0)
         self.run["layout"] = settings.resolve_layout(
@@ -213,10 +213,10 @@ class GMixoutOptimizer(Optimizer):
             the closure's loss, None without one.
 
         Raises:
-            RuntimeError: inside :meth:`eval_weights`, or where a mixed parameter has a sparse gradient. Nothing
+            RuntimeError: inside :meth:`eval_weights` or after :meth:`eval`, or where a mixed parameter has a sparse gradient. Nothing
                 has changed then.
         """
-        self._refuse_while_showing("step()")
+        self._refuse_in_eval("step()")
         with self.layout.apart():
             loss = self.layout.step(list(self.mixed.values()), closure)
         self.run["steps_in_episode"] += 1
@@ -227,7 +227,7 @@ class GMixoutOptimizer(Optimizer):
     @torch.no_grad()
     def resample(self) -> None:
         """End the episode now, move the anchor, and begin the next episode on new index sets."""
-        self._refuse_while_showing("resample()")
+        self._refuse_in_eval("resample()")
         for group in self.param_groups:
             settings.check_anchor_decay(group["anchor_decay"])
         with self.layout.apart():
@@ -243,7 +243,7 @@ class GMixoutOptimizer(Optimizer):
         What the running episode learned is given up, and the base starts fresh on mixed tensors (with the
         persistent residual it keeps its state).
         """
-        self._refuse_while_showing("resync()")
+        self._refuse_in_eval("resync()")
         with self.layout.apart():
             self.layout.reanchor()
             self._next_episode(carry_state=False)
@@ -255,7 +255,7 @@ class GMixoutOptimizer(Optimizer):
         Episodic: the anchor, to which the episode was added. Persistent: the mean over masks,
         A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in it.
         """
-        self._refuse_while_showing("consolidate()")
+        self._refuse_in_eval("consolidate()")
         if self.run["residual"] == "persistent":
             for tensor, slot in self.layout.open_slots():
                 self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
@@ -269,22 +269,50 @@ class GMixoutOptimizer(Optimizer):
         For validation in mid-training. The live weights are put back bit for bit, also when the block raises.
         ``step()`` inside raises a RuntimeError; a nested block changes nothing.
         """
-        if self._showing_deployed:
+        if self.run["evaluating"]:
             yield
             return
-        live: list[tuple[Any, Any, Tensor]] = []
-        self._showing_deployed = True
+        self.eval()
         try:
-            with torch.no_grad():
-                for tensor, slot in self.layout.open_slots():
-                    live.append((tensor, slot, self.layout.live(tensor, slot)))
-                    self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
             yield
         finally:
-            with torch.no_grad():
-                for tensor, slot, weights in live:
-                    self.layout.show(tensor, slot, weights)
-            self._showing_deployed = False
+            self.train()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the weights of :meth:`eval_weights` into the model until :meth:`train` is called.
+
+        The pair is for loops that call it by themselves: Hugging Face's Trainer and Accelerate do. Called again
+        it changes nothing. A checkpoint of model and optimizer saved in between holds the weights to deploy in
+        the model; a run goes on from it exactly, once :meth:`train` has been called.
+        """
+        if self.run["evaluating"]:
+            return
+        live: list[tuple[MixedTensor, Slot, Tensor]] = []
+        try:
+            for tensor, slot in self.layout.open_slots():
+                live.append((tensor, slot, self.layout.live(tensor, slot)))
+                self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
+        except BaseException:
+            for row in live:
+                self.layout.show(*row)
+            raise
+        self._live = live
+        self.run["evaluating"] = True
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the live weights back into the model after :meth:`eval`; otherwise change nothing."""
+        if not self.run["evaluating"]:
+            return
+        if self._live is not None:
+            for row in self._live:
+                self.layout.show(*row)
+        else:  # saved in between, and loaded
+            for tensor, slot in self.layout.open_slots():
+                self.layout.write_theta(tensor, slot)
+        self._live = None
+        self.run["evaluating"] = False
 
     def active_mask(self, param: Tensor) -> Tensor:
         """Which weights of a parameter train in the running episode: bool, the parameter's shape."""
@@ -382,7 +410,7 @@ class GMixoutOptimizer(Optimizer):
             ValueError: it belongs to another model, to a bare optimizer or to other settings, or is damaged; the
                 message says what differs, and nothing has changed.
         """
-        self._refuse_while_showing("load_state_dict()")
+        self._refuse_in_eval("load_state_dict()")
         checkpoint.load_state_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -467,8 +495,9 @@ class GMixoutOptimizer(Optimizer):
                 f"param of shape {tuple(param.shape)} is not one of this optimizer's parameters"
             )
 
-    def _refuse_while_showing(self, call: str) -> None:
-        if self._showing_deployed:
+    def _refuse_in_eval(self, call: str) -> None:
+        if self.run["evaluating"]:
             raise RuntimeError(
-                f"{call} inside eval_weights(): the model shows the weights to deploy there; leave the block first"
+                f"{call} inside eval_weights() or after eval(): the model holds the weights to deploy there, not those "
+                "that are trained; leave the block or call optimizer.train() first"
             )

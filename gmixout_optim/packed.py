@@ -123,6 +123,9 @@ class PackedLayout(Layout):
     def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
         mixing.scatter_([tensor.view(tensor.param)], [slot.index], [weights])
 
+    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
+        self.show(tensor, slot, *mixing.model_values([slot.anchor], [slot.value], [tensor.scale]))
+
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         dense = tensor.copy_of(tensor.param)
         slot = self.trained_slot(tensor)

@@ -134,6 +134,7 @@ def check_run(
         "seed": check_seed(seed),
         "episode": 0,
         "steps_in_episode": 0,
+        "evaluating": False,
     }
 
 

@@ -96,19 +96,37 @@ def test_a_fresh_optimizers_own_state_loads() -> None:
     train(model, optimizer, range(2))
 
 
-def test_saved_inside_eval_weights_resumes_exactly() -> None:
-    model = small_model()
-    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()), resample_every=3)
-    train(model, optimizer, range(4))
-    live = copy.deepcopy(model.state_dict())
-    with optimizer.eval_weights():
-        saved = saved_and_loaded(optimizer.state_dict())
-    resumed_model = small_model(seed=1)
-    resumed = GMixoutOptimizer(torch.optim.AdamW(resumed_model.parameters()), resample_every=3)
-    resumed.load_state_dict(saved)
-    resumed_model.load_state_dict(live)
-    train(model, optimizer, range(4, 9))
-    train(resumed_model, resumed, range(4, 9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_first", [False, True], ids=["optimizer-first", "model-first"])
+@pytest.mark.parametrize("case", DENSE_GRADIENTS, ids=repr)
+@given(settings=run_settings(), stop=st.integers(0, 5))
+def test_saved_in_eval_resumes_exactly(
+    case: Case, dtype: torch.dtype, model_first: bool, settings: dict[str, Any], stop: int
+) -> None:
+    """Model and optimizer, both while the model holds the weights to deploy."""
+
+    def build(seed: int) -> tuple[nn.Module, GMixoutOptimizer]:
+        model = small_model(dtype, seed, bias=not case.matrices_only)
+        base = case(model.named_parameters())
+        return model, GMixoutOptimizer(base, exclude="head.*", **settings)
+
+    model, optimizer = build(seed=0)
+    train(model, optimizer, range(stop))
+    optimizer.eval()
+    saved = saved_and_loaded(dict(model=model.state_dict(), optimizer=optimizer.state_dict()))
+    shown = weights(model)
+    optimizer.train()
+
+    resumed_model, resumed = build(seed=1)
+    for part in ("model", "optimizer") if model_first else ("optimizer", "model"):
+        dict(model=resumed_model, optimizer=resumed)[part].load_state_dict(saved[part])
+    assert_equal(shown, weights(resumed_model))
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        resumed.step()
+    resumed.train()
+    assert_equal(weights(model), weights(resumed_model))
+    train(model, optimizer, range(stop, stop + 4))
+    train(resumed_model, resumed, range(stop, stop + 4))
     assert_equal(weights(model), weights(resumed_model))
 
 

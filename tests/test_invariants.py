@@ -263,6 +263,27 @@ def test_invariant_9_consolidate_twice_equals_once(data: st.DataObject) -> None:
     assert same_bits(trial.params, once)
 
 
+@given(data=st.data())
+def test_eval_and_train_are_the_two_ends_of_eval_weights(data: st.DataObject) -> None:
+    """Each changes nothing when it is called again, and a block in between changes nothing."""
+    scenario = data.draw(runs())
+    trial = advance(Trial(scenario), scenario.steps)
+    optimizer, live = trial.optimizer, trial.live()
+    with optimizer.eval_weights():
+        shown = trial.live()
+    optimizer.train()
+    assert same_bits(trial.params, live)
+    for _ in range(2):
+        optimizer.eval()
+        assert same_bits(trial.params, shown)
+    with optimizer.eval_weights():
+        assert same_bits(trial.params, shown)
+    assert same_bits(trial.params, shown)
+    for _ in range(2):
+        optimizer.train()
+        assert same_bits(trial.params, live)
+
+
 REFUSED_INSIDE = ["step", "resample", "resync", "consolidate"]
 
 
