@@ -62,15 +62,48 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
     args: tuple[Any, ...] = () if closure is None else (closure,)
     kwargs: dict[str, Any] = {}
     for pre_hook in base._optimizer_step_pre_hooks.values():
+        if pre_hook is _refuse_step:
+            continue
         changed = pre_hook(base, args, kwargs)
         if changed is not None:
             args, kwargs = changed
-    loss = _step_beneath_hooks(base)(*args, **kwargs)
+    _entered.add(id(base))
+    try:
+        loss = _step_beneath_hooks(base)(*args, **kwargs)
+    finally:
+        _entered.discard(id(base))
     for post_hook in base._optimizer_step_post_hooks.values():
         post_hook(base, args, kwargs)
     # A scheduler that was built on the base looks here for a step before its own.
     base._opt_called = True  # type: ignore[attr-defined]
     return loss
+
+
+def guard(base: Optimizer) -> None:
+    """Refuse calls of a wrapped base that would go past the wrapper."""
+    if _refuse_step not in base._optimizer_step_pre_hooks.values():
+        base.register_step_pre_hook(_refuse_step)
+        base.register_load_state_dict_pre_hook(_refuse_load)
+
+
+# The bases in whose step the wrapper is. A step that calls its parent class's fires the hooks again.
+_entered: set[int] = set()
+
+
+def _refuse_step(base: Optimizer, *_: Any) -> None:
+    if id(base) in _entered:
+        return
+    raise RuntimeError(
+        f"step() of a {type(base).__name__} that is wrapped: call step() of the GMixoutOptimizer around it, which takes "
+        "the base's step on the active weights"
+    )
+
+
+def _refuse_load(base: Optimizer, *_: Any) -> None:
+    raise RuntimeError(
+        f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the GMixoutOptimizer around it, or "
+        "into the base before wrapping it"
+    )
 
 
 def _step_beneath_hooks(base: Optimizer) -> Callable[..., Any]:
@@ -88,8 +121,8 @@ def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
 
 def step_is_its_own(base: Optimizer) -> bool:
     """Whether the base's step is that of its class, without hooks on this base and not patched."""
-    hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
-    return not hooks and _patched_step(base) is None
+    hooks = [*base._optimizer_step_pre_hooks.values(), *base._optimizer_step_post_hooks.values()]
+    return hooks == [_refuse_step] and _patched_step(base) is None
 
 
 def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from gmixout_optim.bases import ELEMENTWISE
 from gmixout_optim.layout import KEY, Slot
 from gmixout_optim.mixed_tensor import MixedTensor
-from gmixout_optim.settings import GROUP_KEYS
+from gmixout_optim.settings import check_anchor_decay
 
 if TYPE_CHECKING:
     from gmixout_optim.optimizer import GMixoutOptimizer
@@ -50,7 +51,7 @@ def state_dict(optimizer: GMixoutOptimizer) -> dict[str, Any]:
         for group in optimizer.param_groups
     ]
     for group in groups:
-        group[KEY] = dict(group[KEY])
+        group[KEY] = {**optimizer.run, "trained": len(optimizer.layout.slots)}
     place_of = {
         id(group): saved for group, saved in zip(optimizer.param_groups, groups, strict=True)
     }
@@ -81,6 +82,7 @@ def load_state_dict(optimizer: GMixoutOptimizer, given: dict[str, Any]) -> None:
     groups = _checked_groups(optimizer, state_dict)
     run = groups[0][KEY]
     state, slots = _checked_state(optimizer, state_dict, groups, run)
+    _check_base_takes(optimizer, state, groups)
 
     # All is checked: from here on nothing fails.
     for group, loaded in zip(optimizer.param_groups, groups, strict=True):
@@ -121,23 +123,55 @@ def _checked_groups(
                 f"parameter group {place} of state_dict has {len(group['params'])} parameters, this optimizer's "
                 f"{len(mine['params'])}: it belongs to another model"
             )
+        names, own_names = group.get("param_names"), mine.get("param_names")
+        if names and own_names and names != own_names:
+            saved_name, own_name = next(
+                pair for pair in zip(names, own_names, strict=True) if pair[0] != pair[1]
+            )
+            raise ValueError(
+                f"parameter group {place} of state_dict has {saved_name!r} where this optimizer has {own_name!r}: it "
+                "belongs to another model, or one whose parameters come in another order"
+            )
         if not isinstance(group.get(KEY), dict):
             raise ValueError(
                 f"parameter group {place} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. "
                 "Load it into the base before wrapping it"
             )
         _check_settings(group[KEY], optimizer.run, f"parameter group {place}")
-        for key in GROUP_KEYS:
+        for key in ("mask_prob", "granularity"):
             if group.get(key) != mine[key]:
                 raise ValueError(
                     f"state_dict has {key}={group.get(key)!r} in parameter group {place}, this optimizer "
                     f"{key}={mine[key]!r}: build it with the settings of the run that was saved"
                 )
+        _check_hyperparameters(group, mine, place)
         if group[KEY] != saved[0][KEY]:
             raise ValueError(
                 f"parameter group {place} of state_dict is at another step than group 0: it is damaged"
             )
     return deepcopy(saved)
+
+
+def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], place: int) -> None:
+    """What may change while training is taken from the state dict, if it is of the right kind."""
+    for key, value in own.items():
+        kind = _kind(value)
+        if key in saved and kind in (float, tuple) and _kind(saved[key]) is not kind:
+            raise ValueError(
+                f"parameter group {place} of state_dict has {key}={saved[key]!r}, where this optimizer has {value!r}: "
+                "it is damaged"
+            )
+    try:
+        check_anchor_decay(saved.get("anchor_decay"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parameter group {place} of state_dict: {error}") from None
+
+
+def _kind(value: Any) -> type:
+    """Numbers are alike, in tensors too, and so are sequences."""
+    if isinstance(value, Tensor | Real):
+        return float
+    return tuple if isinstance(value, list | tuple) else type(value)
 
 
 def _check_settings(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
@@ -150,6 +184,12 @@ def _check_settings(saved: dict[str, Any], own: dict[str, Any], where: str) -> N
         fits = type(value) is int and value >= 0 if key in _COUNTERS else type(value) is bool
         if not fits:
             raise ValueError(f"state_dict has {key}={value!r} in {where}: it is damaged")
+    k = own["resample_every"]
+    if saved["seed"] >= 2**63 or (k is not None and saved["steps_in_episode"] >= k):
+        raise ValueError(
+            f"state_dict has seed={saved['seed']} and steps_in_episode={saved['steps_in_episode']} in {where}, of "
+            f"resample_every={k}: it is damaged"
+        )
     for key, value in own.items():
         if key not in _PROGRESS and saved.get(key) != value:
             raise ValueError(
@@ -171,14 +211,11 @@ def _checked_state(
         for number, (_, group, place, param) in zip(numbers, parameters(optimizer), strict=True)
     }
     packed = run["layout"] == "packed"
+    _check_keys(optimizer, state_dict["state"], owners)
     state: dict[Any, Any] = {}
     slots: dict[MixedTensor, Slot] = {}
     for number, entry in state_dict["state"].items():
         if number not in owners:
-            if isinstance(number, int):
-                raise ValueError(
-                    f"state_dict has a state for parameter {number}, which is in none of its groups: it is damaged"
-                )
             state[number] = deepcopy(entry)
             continue
         group, place, param = owners[number]
@@ -192,6 +229,10 @@ def _checked_state(
             raise ValueError(f"{name} is mixed here and was not in the run that was saved")
         shape = param.shape
         if tensor is not None and KEY in entry:
+            if not isinstance(entry[KEY], dict):
+                raise ValueError(
+                    f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged"
+                )
             index = tensor.address(tensor.draw(run["seed"], run["episode"], run["sampler"]))
             slot = slots[tensor] = optimizer.layout.restored(tensor, index, entry[KEY])
             shape = slot.value.shape if packed else shape
@@ -201,7 +242,61 @@ def _checked_state(
                 key: _fitting_state(optimizer, name, key, value, param, shape)
                 for key, value in of_base.items()
             }
+    if run.get("trained") != len(slots):
+        raise ValueError(
+            f"state_dict holds values and anchors of {len(slots)} tensors, but was made with those of "
+            f"{run.get('trained')}: it is damaged"
+        )
     return state, slots
+
+
+def _check_keys(
+    optimizer: GMixoutOptimizer, entries: dict[Any, Any], owners: dict[int, Any]
+) -> None:
+    """Numbers of parameters, and of parameters of a group the same kinds of state."""
+    of_torch = type(optimizer.base).__module__.startswith("torch.optim")
+    forms: dict[int, dict[str, bool]] = {}
+    for number, entry in entries.items():
+        if number not in owners:
+            if isinstance(number, int) or of_torch:
+                raise ValueError(
+                    f"state_dict has a state for parameter {number!r}, which is in none of its groups: it is damaged"
+                )
+            continue
+        if type(optimizer.base) in ELEMENTWISE and isinstance(entry, dict):
+            form = {key: isinstance(item, Tensor) for key, item in entry.items() if key != KEY}
+            group, place, _ = owners[number]
+            if form and form != forms.setdefault(id(group), form):
+                raise ValueError(
+                    f"state_dict holds {sorted(form)} of {name_of(group, place, number)} and {sorted(forms[id(group)])} "
+                    "of another parameter of its group, or tensors for the one only: it is damaged"
+                )
+
+
+def _check_base_takes(
+    optimizer: GMixoutOptimizer, state: dict[Any, Any], groups: list[dict[str, Any]]
+) -> None:
+    """Raise where the base's own __setstate__, which brings old formats up to date, fails on the saved state."""
+    probe = object.__new__(type(optimizer.base))
+    probe.__dict__.update({**optimizer.base.__dict__, "defaults": dict(optimizer.base.defaults)})
+    own = [
+        {**group, "params": mine["params"]}
+        for group, mine in zip(groups, optimizer.param_groups, strict=True)
+    ]
+    try:
+        probe.__setstate__(
+            {
+                "state": {
+                    key: dict(entry) if isinstance(entry, dict) else entry
+                    for key, entry in state.items()
+                },
+                "param_groups": own,
+            }
+        )
+    except Exception as error:
+        raise ValueError(
+            f"state_dict does not hold what {type(optimizer.base).__name__} keeps ({error!r}): it is damaged"
+        ) from error
 
 
 def _fitting_state(

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
@@ -41,9 +42,9 @@ class Compiler:
         self.base = base
         self.wanted = wanted
         self.static_shapes = static_shapes
-        # By the number of the group: its lr as compiled code takes it, and the options that code was made for.
+        # By the number of the group: its lr as compiled code takes it, and the other options in the last step.
         self._lrs: dict[int, Tensor] = {}
-        self._made_for: dict[int, Hashable] = {}
+        self._last_options: dict[int, Hashable] = {}
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
@@ -55,7 +56,8 @@ class Compiler:
         """The rows to step compiled, and the others.
 
         A base with hooks of its own steps eagerly, because they may look at the packed gradients; so does a
-        tensor without state, which the base has to make, and a group whose options have changed.
+        tensor without state, which the base has to make, and a group whose options are not those of the step
+        before: a momentum that follows a schedule would compile in every step.
         """
         wanted, others = self.split(rows)
         if not wanted or not step_is_its_own(self.base):
@@ -63,64 +65,68 @@ class Compiler:
         groups = enumerate(self.base.param_groups)
         settled = {id(group) for number, group in groups if self._is_settled(number, group)}
         ready, unready = _split(
-            wanted, lambda row: id(row[0].group) in settled and self._has_state(row)
+            wanted, lambda row: id(row[0].group) in settled and self._is_ready(row)
         )
         return ready, unready + others
 
-    def step(self, rows: list[Row]) -> None:
-        """Gather, step, scatter."""
+    def step(self, rows: list[Row]) -> list[Row]:
+        """Gather, step, scatter. Returns the rows that could not be compiled, as they were."""
         plain = _without_optimizer(cast(Hashable, type(self.base)))
+        failed: list[Row] = []
         for number, group in enumerate(self.base.param_groups):
             own = [row for row in rows if row[0].group is group]
             if not own:
                 continue
             options = self._options(number, group)
             grads = gradients(own)
-            scales = [tensor.scale for tensor, _ in own]
             states = [self.base.state[tensor.param] for tensor, _ in own]
-            views, indices, values, anchors = columns(own)
+            views, indices, values, _ = columns(own)
             made_for = (plain, forms(options))
             keys = [
-                (made_for, form(view), form(grad), value.shape, scale, tuple(state))
-                for view, grad, value, scale, state in zip(
-                    views, grads, values, scales, states, strict=True
-                )
+                (made_for, form(view), form(grad), value.shape, tuple(state))
+                for view, grad, value, state in zip(views, grads, values, states, strict=True)
             ]
-            tensors = (views, indices, values, anchors, grads, scales, states)
-            _run(packed_step, keys, *tensors, plain=plain, options=options)
-
-    def end_episode(self, rows: list[Row]) -> None:
-        decays = [_decay(row) for row in rows]
-        fixed = [None if isinstance(decay, Tensor) else decay for decay in decays]
-        _run(mixing.end_episode_, _redraw_keys(rows, fixed), *columns(rows), decays)
+            for key, places in _batches(keys):
+                batch = _pick(places, views, indices, values, grads, states)
+                try:
+                    _kernel(packed_step, (key, len(places)))(*batch, plain=plain, options=options)
+                except TorchDynamoException as error:
+                    failed += [own[place] for place in places]
+                    self._give_up(error)
+        return failed
 
     def begin_episode(self, rows: list[Row]) -> None:
-        _run(mixing.begin_episode_, _redraw_keys(rows, [None] * len(rows)), *columns(rows))
+        views, indices, values, anchors = columns(rows)
+        keys = [
+            (form(view), form(index), value.shape)
+            for view, index, value in zip(views, indices, values, strict=True)
+        ]
+        for key, places in _batches(keys):
+            kernel = _kernel(mixing.begin_episode_, (key, len(places)))
+            kernel(*_pick(places, views, indices, values, anchors))
 
     def _wants(self, row: Row) -> bool:
         tensor, _ = row
-        on_cuda = tensor.param.is_cuda
-        # Without Triton (on Windows, say) torch.compile has nothing to compile to on CUDA.
-        by_default = on_cuda and importlib.util.find_spec("triton") is not None
+        if tensor.param.is_cuda:
+            return _compiles_on_cuda() if self.wanted is None else bool(self.wanted)
         # On a CPU torch's own kernels move wide cells faster than compiled code does.
-        return (by_default if self.wanted is None else self.wanted) and (
-            on_cuda or tensor.width == 1
-        )
+        return bool(self.wanted) and tensor.width == 1
 
-    def _has_state(self, row: Row) -> bool:
+    def _is_ready(self, row: Row) -> bool:
         tensor, _ = row
-        return bool(self.base.state.get(tensor.param)) or not keeps_state(self.base, tensor.group)
+        has_state = bool(self.base.state.get(tensor.param))
+        # Compiled, A + s * (phi - A) may round differently than where eval() and train() compute it.
+        return tensor.scale == 1 and (has_state or not keeps_state(self.base, tensor.group))
 
     def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
         options = forms(self._options(number, group))
-        settled = self._made_for.setdefault(number, options) == options
-        if not settled:
-            warnings.warn(
-                f"an option of parameter group {number} other than lr has changed since its step was compiled; to not "
-                "compile again at every change, the group steps eagerly while it differs",
-                stacklevel=2,
-            )
-        return settled
+        before = self._last_options.get(number, options)
+        self._last_options[number] = options
+        # What torch compiles for Adam divides by the learning rate.
+        lr_is_zero = (
+            not (isinstance(group["lr"], Tensor) and group["lr"].is_cuda) and group["lr"] == 0
+        )
+        return options == before and not lr_is_zero
 
     def _options(self, number: int, group: dict[str, Any]) -> dict[str, Any]:
         """A group's options as compiled code takes them.
@@ -137,6 +143,20 @@ class Compiler:
             options["lr"] = lr.fill_(options["lr"])
         return options
 
+    def _give_up(self, error: Exception) -> None:
+        if self.wanted is not False:
+            warnings.warn(
+                f"the step could not be compiled and goes on eagerly; compile=False avoids the attempt: {error}",
+                stacklevel=2,
+            )
+        self.wanted = False
+
+
+@cache
+def _compiles_on_cuda() -> bool:
+    """Without Triton (on Windows, say) torch.compile has nothing to compile to."""
+    return importlib.util.find_spec("triton") is not None
+
 
 @cache
 def draw() -> Callable[..., Tensor]:
@@ -148,28 +168,24 @@ def packed_step(
     views: list[Tensor],
     indices: list[Tensor],
     values: list[Tensor],
-    anchors: list[Tensor],
     grads: list[Tensor],
-    scales: list[float],
     states: list[dict[str, Any]],
     *,
     plain: type,
     options: dict[str, Any],
 ) -> None:
-    """Gather the active gradients, step the base on the packed values, scatter what the model computes with.
+    """Gather the active gradients, step the base on the packed values, scatter these.
 
     Tensors as in :mod:`gmixout_optim.mixing`; ``plain`` is :func:`_without_optimizer` of the base's class, ``options``
     are those of the parameter group and ``states`` what the base keeps for each value.
     """
-    for value, grad, scale in zip(values, mixing.gather(grads, indices), scales, strict=True):
-        grad = grad.to(value.dtype)
-        value.grad = grad if scale == 1 else grad * scale
+    for value, grad in zip(values, mixing.gather(grads, indices), strict=True):
+        value.grad = grad.to(value.dtype)
     base: Any = object.__new__(plain)
-    base._need_device_dtype_check_for_fused = False
     base.param_groups = [{**options, "params": values}]
     base.state = dict(zip(values, states, strict=True))
     base.step()
-    mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
+    mixing.scatter_(views, indices, values)
     for value in values:
         value.grad = None
 
@@ -201,21 +217,6 @@ def forms(items: dict[str, Any]) -> Hashable:
     )
 
 
-def _redraw_keys(rows: list[Row], fixed: list[float | None]) -> list[Hashable]:
-    return [
-        (form(view), form(index), form(value), number)
-        for view, index, value, number in zip(*columns(rows)[:3], fixed, strict=True)
-    ]
-
-
-def _run(function: Any, keys: Sequence[Hashable], *rows: Sequence[Any], **same: Any) -> None:
-    """Call the compiled ``function`` with slices of the columns, a batch of rows with equal keys at a time."""
-    for key, places in _batches(keys):
-        _kernel(function, (key, len(places)))(
-            *[[item[place] for place in places] for item in rows], **same
-        )
-
-
 def _batches(keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
     alike: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
@@ -225,8 +226,12 @@ def _batches(keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
             yield key, places[start : start + BATCH]
 
 
+def _pick(places: list[int], *columns: list[Any]) -> list[list[Any]]:
+    return [[column[place] for place in places] for column in columns]
+
+
 @lru_cache(maxsize=1024)
-def _kernel(function: FunctionType, key: Hashable) -> Callable[..., None]:
+def _kernel(function: Any, key: Hashable) -> Callable[..., None]:
     """``function`` compiled for arguments of which ``key`` says all that the code depends on."""
     # torch counts recompilations by code object and gives up after a few: every key has its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -239,10 +244,3 @@ def _split(rows: list[Row], condition: Callable[[Row], bool]) -> tuple[list[Row]
     for row in rows:
         (yes if condition(row) else no).append(row)
     return yes, no
-
-
-def _decay(row: Row) -> float | Tensor:
-    """The anchor decay as compiled code takes it: a tensor, so that it may change; its ends 0 and 1 are exact."""
-    tensor, slot = row
-    decay = tensor.anchor_decay
-    return decay if decay in (0, 1) else slot.anchor.new_full((), decay)

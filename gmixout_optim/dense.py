@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import Closure, enter_step, fill_, renew_state
-from gmixout_optim.layout import Draw, Layout, Slot, check_gradient, fitting, placement_of
+from gmixout_optim.layout import Draw, Layout, Slot, check_gradient, fitting, form_of, placement_of
 from gmixout_optim.mixed_tensor import MixedTensor
 
 
@@ -104,7 +104,13 @@ class DenseLayout(_WholeParameters):
     def open(self, tensor: MixedTensor) -> Slot:
         index = tensor.address(self.draw(tensor))
         (value,) = mixing.gather([tensor.view(tensor.param)], [index])
-        return Slot(index, value, tensor.copy_of(tensor.param), placement_of(tensor.param))
+        return Slot(
+            index,
+            value,
+            tensor.copy_of(tensor.param),
+            placement_of(tensor.param),
+            form_of(tensor.param),
+        )
 
     def end_episode(self) -> None:
         for tensor, slot in self.open_slots():
@@ -158,6 +164,7 @@ class DenseLayout(_WholeParameters):
             fitting(saved, "value", like, tensor.name),
             tensor.copy_of(fitting(saved, "anchor", tensor.param, tensor.name)),
             placement_of(tensor.param),
+            form_of(tensor.param),
         )
 
     def _active_anchor(self, tensor: MixedTensor, slot: Slot) -> Tensor:
@@ -190,7 +197,9 @@ class PersistentLayout(_WholeParameters):
     def open(self, tensor: MixedTensor) -> Slot:
         anchor = tensor.param.detach().clone()
         index = tensor.address(self.draw(tensor))
-        return Slot(index, anchor.clone(), anchor, placement_of(tensor.param))
+        return Slot(
+            index, anchor.clone(), anchor, placement_of(tensor.param), form_of(tensor.param)
+        )
 
     def end_episode(self) -> None:
         for tensor, slot in self.open_slots():
@@ -233,6 +242,7 @@ class PersistentLayout(_WholeParameters):
             fitting(saved, "value", tensor.param, tensor.name),
             fitting(saved, "anchor", tensor.param, tensor.name),
             placement_of(tensor.param),
+            form_of(tensor.param),
         )
 
     def _write_trained(self, tensor: MixedTensor, slot: Slot) -> None:

@@ -43,5 +43,5 @@ def warn_of_fresh_layers(tensors: Iterable[MixedTensor]) -> None:
             f"{shown} will be mixed but looks freshly initialised: such a layer has no pretrained weights worth "
             "returning to and would hardly learn. Exclude it (exclude='head.*', with a base built from "
             "model.named_parameters()) or give its parameter group mask_prob=0",
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -33,12 +33,14 @@ class Slot:
         value: what the wrapped optimizer trains (phi, or U), packed or dense as the layout says.
         anchor: A, packed on the active cells or dense as the layout says.
         placement: device and strides of the parameter that the tensors were made for.
+        form: its dtype and shape, which must not change.
     """
 
     index: Tensor
     value: Tensor
     anchor: Tensor
     placement: tuple[torch.device, tuple[int, ...]]
+    form: tuple[torch.dtype, torch.Size]
 
 
 Row = tuple[MixedTensor, Slot]
@@ -167,6 +169,11 @@ class Layout(ABC):
         placement = placement_of(tensor.param)
         if slot is None:
             slot = self.slots[tensor] = self.open(tensor)
+        elif slot.form != form_of(tensor.param):
+            raise RuntimeError(
+                f"{tensor.name} was {slot.form[0]} of shape {tuple(slot.form[1])} and is {tensor.param.dtype} of shape "
+                f"{tuple(tensor.param.shape)} now: convert the model before its optimizer is built"
+            )
         elif slot.placement != placement:
             slot = self.slots[tensor] = replace(
                 slot,
@@ -184,6 +191,10 @@ class Layout(ABC):
 
 def placement_of(param: Tensor) -> tuple[torch.device, tuple[int, ...]]:
     return param.device, param.stride()
+
+
+def form_of(param: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return param.dtype, param.shape
 
 
 def _placed(tensor: MixedTensor, item: Tensor) -> Tensor:

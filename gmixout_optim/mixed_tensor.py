@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -42,19 +42,34 @@ class MixedTensor:
         group: its parameter group, read for the live ``anchor_decay``.
         number: its number in the optimizer, which selects its random stream.
         name: its name, or its number in words where the base has no names.
+        mask_prob: p.
+        granularity: as it was asked for.
+        rescale: whether the model sees what is learned s = 1 / (1 - p) times as large.
         cells, width: number of cells, and elements in each.
-        density: d = 1 - p.
-        scale: s, by which the model sees what is learned: 1 / (1 - p) with rescaling, else 1.
     """
 
     param: Tensor
     group: dict[str, Any]
     number: int
     name: str
-    cells: int
-    width: int
-    density: float
-    scale: float
+    mask_prob: float
+    granularity: Granularity
+    rescale: bool
+    cells: int = field(init=False)
+    width: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cells, self.width = cell_grid(self.param.shape, self.granularity)
+
+    @property
+    def density(self) -> float:
+        """d."""
+        return 1 - self.mask_prob
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return 1 / self.density if self.rescale else 1.0
 
     @property
     def anchor_decay(self) -> float:
@@ -64,8 +79,7 @@ class MixedTensor:
 
     @property
     def fell_back_to_elements(self) -> bool:
-        granularity = self.group["granularity"]
-        return isinstance(granularity, int) and granularity != self.width
+        return isinstance(self.granularity, int) and self.granularity != self.width
 
     def draw(
         self,

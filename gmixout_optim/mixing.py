@@ -24,7 +24,7 @@ def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
 def gather_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
     """:func:`gather` into given vectors, in their dtype."""
     for view, index, into in zip(views, indices, packed, strict=True):
-        if view.dtype != into.dtype or torch.compiler.is_compiling():
+        if view.dtype != into.dtype:
             into.copy_(gather([view], [index])[0])
         elif view.ndim == 1:
             torch.take(view, index.long(), out=into)
@@ -73,11 +73,11 @@ def moved_anchors(
     return [_moved(*ends) for ends in zip(anchors, values, decays, strict=True)]
 
 
-def _moved(anchor: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
+def _moved(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
     # At its two ends lerp would turn inf into nan.
-    if not isinstance(decay, Tensor) and decay == 0:
+    if decay == 0:
         return value.clone()
-    if not isinstance(decay, Tensor) and decay == 1:
+    if decay == 1:
         return anchor.clone()
     return torch.lerp(anchor, value, 1 - decay)
 
@@ -87,7 +87,7 @@ def end_episode_(
     indices: Sequence[Tensor],
     values: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    decays: Sequence[float | Tensor],
+    decays: Sequence[float],
 ) -> None:
     """Move the packed anchors and write them to the active cells of the views: theta = A everywhere."""
     for view, index, value, anchor, decay in zip(

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import checkpoint, settings
-from gmixout_optim.bases import Closure
+from gmixout_optim.bases import Closure, guard
 from gmixout_optim.dense import DenseLayout, PersistentLayout
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.index_sets import Sampler
 from gmixout_optim.layout import KEY, Layout, Slot
-from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
+from gmixout_optim.mixed_tensor import Granularity, MixedTensor
 from gmixout_optim.packed import PackedLayout
 from gmixout_optim.param_groups import matches
 from gmixout_optim.report import Report, make_report
@@ -137,14 +137,17 @@ class GMixoutOptimizer(Optimizer):
         # and state stay the base's, one truth whichever of the two a scheduler or a loop holds.
         super().__setstate__({"defaults": {**base.defaults, **group_defaults}})
         self._resample_hooks: OrderedDict[int, ResampleHook] = OrderedDict()
-        self._live: list[tuple[MixedTensor, Slot, Tensor]] | None = None
+        self._live: list[tuple[MixedTensor, Tensor]] | None = None
+        self._in_step = False
 
         mixed = self._find_mixed(base.param_groups, first_number=0)
         self.run["layout"] = settings.resolve_layout(
             base, layout, residual, [tensor.param for tensor in mixed]
         )
         self.layout = self._make_layout()
+        warn_of_fresh_layers(mixed)
         self._adopt(base.param_groups, mixed)
+        guard(base)
 
     @classmethod
     def mixout(cls, base: Optimizer, mask_prob: float = 0.9, **kwargs: Any) -> Self:
@@ -216,21 +219,25 @@ class GMixoutOptimizer(Optimizer):
             RuntimeError: inside :meth:`eval_weights` or after :meth:`eval`, or where a mixed parameter has a sparse gradient. Nothing
                 has changed then.
         """
-        self._refuse_in_eval("step()")
-        with self.layout.apart():
+        self._refuse_out_of_place("step()")
+        settings.check_groups_still_fit(self.param_groups, self.run, self.mixed.values())
+        only_makes_state = self._only_makes_state()
+        with self._working_in_base():
             loss = self.layout.step(list(self.mixed.values()), closure)
+        if only_makes_state:
+            return loss
         self.run["steps_in_episode"] += 1
-        if self.steps_in_episode == self.run["resample_every"]:
+        k = self.run["resample_every"]
+        if k is not None and self.steps_in_episode >= k:
             self.resample()
         return loss
 
     @torch.no_grad()
     def resample(self) -> None:
         """End the episode now, move the anchor, and begin the next episode on new index sets."""
-        self._refuse_in_eval("resample()")
-        for group in self.param_groups:
-            settings.check_anchor_decay(group["anchor_decay"])
-        with self.layout.apart():
+        self._refuse_out_of_place("resample()")
+        settings.check_groups_still_fit(self.param_groups, self.run, self.mixed.values())
+        with self._working_in_base():
             self.layout.end_episode()
             self._next_episode(self.run["carry_state"])
         for hook in list(self._resample_hooks.values()):
@@ -243,8 +250,8 @@ class GMixoutOptimizer(Optimizer):
         What the running episode learned is given up, and the base starts fresh on mixed tensors (with the
         persistent residual it keeps its state).
         """
-        self._refuse_in_eval("resync()")
-        with self.layout.apart():
+        self._refuse_out_of_place("resync()")
+        with self._working_in_base():
             self.layout.reanchor()
             self._next_episode(carry_state=False)
 
@@ -255,7 +262,7 @@ class GMixoutOptimizer(Optimizer):
         Episodic: the anchor, to which the episode was added. Persistent: the mean over masks,
         A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in it.
         """
-        self._refuse_in_eval("consolidate()")
+        self._refuse_out_of_place("consolidate()")
         if self.run["residual"] == "persistent":
             for tensor, slot in self.layout.open_slots():
                 self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
@@ -288,14 +295,14 @@ class GMixoutOptimizer(Optimizer):
         """
         if self.run["evaluating"]:
             return
-        live: list[tuple[MixedTensor, Slot, Tensor]] = []
+        self._refuse_in_step("eval()")
+        live: list[tuple[MixedTensor, Tensor]] = []
         try:
             for tensor, slot in self.layout.open_slots():
-                live.append((tensor, slot, self.layout.live(tensor, slot)))
+                live.append((tensor, self.layout.live(tensor, slot)))
                 self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
         except BaseException:
-            for row in live:
-                self.layout.show(*row)
+            self._show(live)
             raise
         self._live = live
         self.run["evaluating"] = True
@@ -306,13 +313,17 @@ class GMixoutOptimizer(Optimizer):
         if not self.run["evaluating"]:
             return
         if self._live is not None:
-            for row in self._live:
-                self.layout.show(*row)
+            self._show(self._live)
         else:  # saved in between, and loaded
             for tensor, slot in self.layout.open_slots():
                 self.layout.write_theta(tensor, slot)
         self._live = None
         self.run["evaluating"] = False
+
+    def _show(self, live: list[tuple[MixedTensor, Tensor]]) -> None:
+        for tensor, weights in live:
+            slot = self.layout.slot(tensor)  # where the parameter is now
+            self.layout.show(tensor, slot, weights.to(tensor.param.device))
 
     def active_mask(self, param: Tensor) -> Tensor:
         """Which weights of a parameter train in the running episode: bool, the parameter's shape."""
@@ -344,6 +355,8 @@ class GMixoutOptimizer(Optimizer):
         Returns:
             a handle whose ``remove()`` takes the hook away.
         """
+        if not callable(hook):
+            raise TypeError(f"hook must be callable with the optimizer, got {hook!r}")
         handle = RemovableHandle(self._resample_hooks)
         self._resample_hooks[handle.id] = hook
         return handle
@@ -377,7 +390,15 @@ class GMixoutOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError(
+                "optimizer parameters need to be organized in ordered collections, but the ordering of tensors in sets "
+                "will change between runs. Please use a list instead."
+            )
         params = [params] if isinstance(params, Tensor) else list(params)
+        param_group["params"] = (
+            params  # as torch does: a generator is not used up by a call that fails
+        )
         named = bool(params) and isinstance(params[0], tuple)
         proposed = {**param_group, "params": [param[1] if named else param for param in params]}
         if named:
@@ -390,7 +411,7 @@ class GMixoutOptimizer(Optimizer):
             self.run["residual"],
             [tensor.param for tensor in mixed],
         )
-        param_group["params"] = params
+        warn_of_fresh_layers(mixed)
         self.base.add_param_group(param_group)
         for tensor in mixed:
             tensor.group = param_group
@@ -398,6 +419,7 @@ class GMixoutOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of base and wrapper: exact in mid-episode, without index sets, which the seed gives again."""
+        self._refuse_in_step("state_dict()")
         return checkpoint.state_dict(self)
 
     @torch.no_grad()
@@ -410,8 +432,9 @@ class GMixoutOptimizer(Optimizer):
             ValueError: it belongs to another model, to a bare optimizer or to other settings, or is damaged; the
                 message says what differs, and nothing has changed.
         """
-        self._refuse_in_eval("load_state_dict()")
+        self._refuse_in_step("load_state_dict()")
         checkpoint.load_state_dict(self, state_dict)
+        self._live = None
 
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks stay behind; so does a scheduler's patch of this instance's step.
@@ -424,6 +447,7 @@ class GMixoutOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_resample_hooks": OrderedDict(), **state})
+        guard(self.base)
 
     def slot_of(self, param: Tensor) -> Slot | None:
         """What the library keeps of a parameter in the running episode; None while it has never been trained."""
@@ -456,14 +480,23 @@ class GMixoutOptimizer(Optimizer):
         for group in groups:
             own = {**group, **settings.check_group_keys({**self.defaults, **group})}
             for place, param in enumerate(group["params"]):
+                if not isinstance(param, Tensor):
+                    raise TypeError(
+                        f"optimizer can only optimize Tensors, but one of the params is {param!r}"
+                    )
                 name = checkpoint.name_of(group, place, number)
                 if self.reason_unmixed(own, place) is None:
                     settings.check_parameter(name, param, own["granularity"])
-                    cells, width = cell_grid(param.shape, own["granularity"])
-                    density = 1 - own["mask_prob"]
-                    scale = 1 / density if self.run["rescale"] else 1.0
                     mixed.append(
-                        MixedTensor(param, group, number, name, cells, width, density, scale)
+                        MixedTensor(
+                            param,
+                            group,
+                            number,
+                            name,
+                            own["mask_prob"],
+                            own["granularity"],
+                            self.run["rescale"],
+                        )
                     )
                 number += 1
         return mixed
@@ -487,17 +520,52 @@ class GMixoutOptimizer(Optimizer):
             for tensor in mixed:
                 self.mixed[tensor.param] = tensor
                 self.layout.take_over(tensor)
-        warn_of_fresh_layers(mixed)
 
     def _check_known(self, param: Tensor) -> None:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"param must be one of the optimizer's parameters, got {param!r}")
         if not any(param is known for group in self.param_groups for known in group["params"]):
             raise ValueError(
                 f"param of shape {tuple(param.shape)} is not one of this optimizer's parameters"
             )
 
-    def _refuse_in_eval(self, call: str) -> None:
+    @contextmanager
+    def _working_in_base(self) -> Iterator[None]:
+        """The base's state holds what is the base's own, and nobody else may call in."""
+        self._in_step = True
+        try:
+            with self.layout.apart():
+                yield
+        finally:
+            self._in_step = False
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step that torch.distributed.checkpoint takes to have a fresh optimizer's state.
+
+        Its learning rates and gradients are zero, and it is no step of the training.
+        """
+        return (
+            self.episode == self.steps_in_episode == 0
+            and not self.layout.slots
+            and all(group["lr"] == 0 for group in self.param_groups)
+            and not any(
+                bool(param.grad.any())
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            )
+        )
+
+    def _refuse_out_of_place(self, call: str) -> None:
+        self._refuse_in_step(call)
         if self.run["evaluating"]:
             raise RuntimeError(
                 f"{call} inside eval_weights() or after eval(): the model holds the weights to deploy there, not those "
                 "that are trained; leave the block or call optimizer.train() first"
+            )
+
+    def _refuse_in_step(self, call: str) -> None:
+        if self._in_step:
+            raise RuntimeError(
+                f"{call} inside step(), from a closure or from a hook of the base: call it after the step"
             )

@@ -29,6 +29,7 @@ from gmixout_optim.layout import (
     check_gradient,
     columns,
     fitting,
+    form_of,
     gradients,
     placement_of,
 )
@@ -59,7 +60,9 @@ class PackedLayout(Layout):
     def open(self, tensor: MixedTensor) -> Slot:
         index = tensor.address(self.draw(tensor))
         anchor = _gather(tensor, tensor.param, index)
-        slot = Slot(index, anchor.clone(), anchor, placement_of(tensor.param))
+        slot = Slot(
+            index, anchor.clone(), anchor, placement_of(tensor.param), form_of(tensor.param)
+        )
         self._pack_state(tensor, slot)
         return slot
 
@@ -73,15 +76,21 @@ class PackedLayout(Layout):
             check_gradient(tensor)
         trained = [(tensor, self.slot(tensor)) for tensor in learning]
         compiled, eager = self.compiler.split_step(trained)
-        with self._lend(eager, hidden={tensor.param for tensor, _ in compiled}):
-            self._eager_step(eager)
-        self.compiler.step(compiled)
+        self._eager_step(eager, hidden={tensor.param for tensor, _ in compiled})
+        for tensor, _ in compiled:
+            self.workspace.pop(tensor, None)
+        failed = self.compiler.step(compiled)
+        if failed:
+            unfinished = {tensor.param for tensor, _ in failed}
+            groups = self.base.param_groups
+            all_params = {param for group in groups for param in group["params"]}
+            self._eager_step(failed, hidden=all_params - unfinished)
         return loss
 
     def end_episode(self) -> None:
-        compiled, eager = self.compiler.split(list(self.open_slots()))
-        mixing.end_episode_(*columns(eager), [tensor.anchor_decay for tensor, _ in eager])
-        self.compiler.end_episode(compiled)
+        # Not compiled, also where the step is: eval_weights() shows these anchors to the last bit.
+        rows = list(self.open_slots())
+        mixing.end_episode_(*columns(rows), [tensor.anchor_decay for tensor, _ in rows])
 
     def begin_episode(self, previous: Draw, carry_state: bool) -> None:
         compiled, eager = self.compiler.split(list(self.open_slots()))
@@ -144,6 +153,7 @@ class PackedLayout(Layout):
             fitting(saved, "value", like, tensor.name),
             fitting(saved, "anchor", like, tensor.name),
             placement_of(tensor.param),
+            form_of(tensor.param),
         )
 
     def take_over(self, tensor: MixedTensor) -> None:
@@ -156,17 +166,18 @@ class PackedLayout(Layout):
         for key in per_cell_state(state, tensor.param.shape):
             state[key] = _gather(tensor, state[key], slot.index)
 
-    def _eager_step(self, rows: list[Row]) -> None:
+    def _eager_step(self, rows: list[Row], hidden: set[Tensor]) -> None:
         """Gather, step, scatter, the base working on the packed values with their gradients in buffers."""
         views, indices, values, anchors = columns(rows)
         scales = [tensor.scale for tensor, _ in rows]
-        packed = [value.grad for value in values if value.grad is not None]
-        mixing.gather_(gradients(rows), indices, packed)
-        for grad, scale in zip(packed, scales, strict=True):
-            if scale != 1:
-                grad.mul_(scale)
-        enter_step(self.base)
-        mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
+        with self._lend(rows, hidden):
+            packed = [value.grad for value in values if value.grad is not None]
+            mixing.gather_(gradients(rows), indices, packed)
+            for grad, scale in zip(packed, scales, strict=True):
+                if scale != 1:
+                    grad.mul_(scale)
+            enter_step(self.base)
+            mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
 
     @contextmanager
     def _lend(self, trained: list[Row], hidden: set[Tensor]) -> Iterator[None]:

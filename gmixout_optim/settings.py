@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -14,13 +14,10 @@ from torch.optim import Optimizer
 from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED
 from gmixout_optim.index_sets import MAX_CELLS, SAMPLERS
 from gmixout_optim.layout import KEY
-from gmixout_optim.mixed_tensor import Granularity, cell_grid
+from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
 
 Residual = Literal["episodic", "persistent"]
 LayoutName = Literal["auto", "packed", "dense"]
-
-# What a parameter group may set for itself, and what a state dict must agree on group by group.
-GROUP_KEYS = ("mask_prob", "anchor_decay", "granularity")
 
 # Of the state dict's format.
 VERSION = 1
@@ -148,8 +145,11 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
             f"exclude={value!r} needs parameter names: build the base from model.named_parameters()"
         )
     names = [name for group in groups for name in group["param_names"]]
-    unused = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
-    message = f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}"
+    unused = [pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in names)]
+    message = (
+        f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}, and 'head.*' matches all "
+        "parameters of the module 'head'"
+    )
     if len(unused) == len(patterns):
         raise ValueError(message)
     if unused:
@@ -175,9 +175,34 @@ def check_group_keys(group: dict[str, Any]) -> dict[str, Any]:
     return {key: check(group[key]) for key, check in _GROUP_CHECKS.items()}
 
 
+def check_groups_still_fit(
+    groups: Sequence[dict[str, Any]], run: dict[str, Any], mixed: Iterable[MixedTensor]
+) -> None:
+    """Raise where a group was changed in what is fixed, or to an impossible ``anchor_decay``."""
+    for number, group in enumerate(groups):
+        if group.get(KEY) is not run:
+            raise RuntimeError(
+                f"parameter group {number} was added or replaced past the wrapper: use add_param_group() and "
+                "load_state_dict() of the GMixoutOptimizer"
+            )
+        check_anchor_decay(group["anchor_decay"])
+    for tensor in mixed:
+        group = tensor.group
+        if group["mask_prob"] != tensor.mask_prob or group["granularity"] != tensor.granularity:
+            raise ValueError(
+                f"mask_prob={group['mask_prob']!r} and granularity={group['granularity']!r} in the group of "
+                f"{tensor.name} differ from the {tensor.mask_prob!r} and {tensor.granularity!r} that it was wrapped "
+                "with: they are fixed; wrap a new base to change them"
+            )
+
+
 def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[Tensor]) -> str:
     """``"packed"`` or ``"dense"`` for ``"auto"``; an error for what cannot work."""
     kind, name = type(base), type(base).__name__
+    if mixed and any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            f"base={name} has differentiable=True: a step on mixed parameters cannot be differentiated through"
+        )
     if mixed and kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")
     if layout == "packed" and kind in NOT_ELEMENTWISE:

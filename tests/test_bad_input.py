@@ -153,7 +153,6 @@ def test_calls_inside_eval_weights() -> None:
             optimizer.resample,
             optimizer.resync,
             optimizer.consolidate,
-            lambda: optimizer.load_state_dict(state),
         ):
             with pytest.raises(RuntimeError, match=r"eval_weights\(\)"):
                 call()
@@ -243,3 +242,138 @@ def test_a_tensor_with_too_many_cells() -> None:
     with pytest.raises(ValueError, match="coarser granularity"):
         GMixoutOptimizer(torch.optim.SGD([param], lr=0.1))
     GMixoutOptimizer(torch.optim.SGD([param], lr=0.1), granularity="row")
+
+
+def test_calls_from_within_a_step() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()), resample_every=2)
+    state = copy.deepcopy(optimizer.state_dict())
+    calls = [
+        optimizer.step,
+        optimizer.resample,
+        optimizer.resync,
+        optimizer.consolidate,
+        optimizer.eval,
+        optimizer.state_dict,
+        lambda: optimizer.load_state_dict(state),
+    ]
+    seen = []
+
+    def closure() -> torch.Tensor:
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"inside step\(\)"):
+                call()
+        return loss_of(model, 0)
+
+    optimizer.step(closure)
+    assert optimizer.steps_in_episode == 1
+    optimizer.base.register_step_post_hook(lambda *_: seen.append(len(calls)) or closure())
+    train(model, optimizer, range(1))
+    assert seen == [7]
+    optimizer.register_resample_hook(lambda opt: seen.append(opt.state_dict()))
+    optimizer.resample()
+    assert len(seen) == 2
+
+
+def test_an_episode_whose_end_is_refused_ends_later() -> None:
+    """Before the base steps, so that nothing has changed."""
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()), resample_every=3)
+    train(model, optimizer, range(2))
+    before = weights(model)
+    optimizer.param_groups[0]["anchor_decay"] = 1.1
+    with pytest.raises(ValueError, match=r"anchor_decay must be in \[0, 1\], got 1.1"):
+        train(model, optimizer, [2])
+    assert_equal(before, weights(model))
+    optimizer.param_groups[0]["anchor_decay"] = 1.0
+    train(model, optimizer, range(2, 8))
+    assert (optimizer.episode, optimizer.steps_in_episode) == (2, 2)
+
+
+@pytest.mark.parametrize("key", ["mask_prob", "granularity"])
+def test_what_is_fixed_in_a_group(key: str) -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
+    train(model, optimizer, range(2))
+    before = weights(model)
+    optimizer.param_groups[0][key] = {"mask_prob": 0.2, "granularity": "row"}[key]
+    with pytest.raises(ValueError, match=key):
+        train(model, optimizer, [2])
+    assert_equal(before, weights(model))
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+def test_going_past_the_wrapper(layout: str) -> None:
+    model = small_model()
+    base = torch.optim.AdamW(model.parameters())
+    bare_state = copy.deepcopy(base.state_dict())
+    optimizer = GMixoutOptimizer(base, layout=layout)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="AdamW that is wrapped: call step"):
+            base.step()
+        with pytest.raises(RuntimeError, match="AdamW that is wrapped: load into"):
+            base.load_state_dict(bare_state)
+        train(model, optimizer, range(2))
+        model, optimizer = copy.deepcopy((model, optimizer))
+        base = optimizer.base
+    base.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    with pytest.raises(RuntimeError, match="group 1 was added or replaced past the wrapper"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense", "persistent"])
+@pytest.mark.parametrize("change", ["dtype", "shape"])
+def test_a_parameter_that_changes_its_form(layout: str, change: str) -> None:
+    model = small_model(torch.float32)
+    where = dict(residual="persistent") if layout == "persistent" else dict(layout=layout)
+    base = torch.optim.AdamW(model.named_parameters())
+    optimizer = GMixoutOptimizer(base, exclude="head.*", **where)
+    train(model, optimizer, range(2))
+    if change == "dtype":
+        model.double()
+    else:
+        model.body.weight.data = torch.zeros(8, 5)
+    model.body.weight.grad = torch.ones_like(model.body.weight)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"body\.weight was torch\.float32 of shape"):
+        optimizer.step()
+    assert_equal(before, weights(model))
+
+
+def test_differentiable_steps() -> None:
+    params = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match="differentiable=True"):
+        GMixoutOptimizer(torch.optim.AdamW(params, differentiable=True))
+
+
+def test_what_is_no_tensor_or_hook() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
+    for query in (optimizer.active_mask, optimizer.anchor):
+        with pytest.raises(TypeError, match=r"'body\.weight'"):
+            query("body.weight")
+    with pytest.raises(TypeError, match="hook must be callable"):
+        optimizer.register_resample_hook("x")
+    for params in (["x"], {torch.ones(2)}):
+        with pytest.raises(TypeError, match=r"Tensors|sets"):
+            optimizer.add_param_group({"params": params})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_refused_can_be_added_again() -> None:
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(small_model().parameters()))
+    group = {"params": iter([torch.nn.Parameter(torch.ones(3))]), "mask_prob": 2}
+    with pytest.raises(ValueError, match="mask_prob"):
+        optimizer.add_param_group(group)
+    group["mask_prob"] = 0.5
+    optimizer.add_param_group(group)
+    assert len(optimizer.param_groups[1]["params"]) == 1
+
+
+def test_a_warning_that_is_an_error_leaves_the_base_free() -> None:
+    base = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 4))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="freshly initialised"):
+            GMixoutOptimizer(base)
+    GMixoutOptimizer(base)

@@ -145,6 +145,29 @@ def test_hyperparameters_and_schedule_come_from_the_checkpoint() -> None:
     assert (resumed.episode, resumed.steps_in_episode) == (0, 1)
 
 
+def test_an_anchor_decay_on_a_schedule_comes_from_the_checkpoint() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
+    optimizer.param_groups[0]["anchor_decay"] = 0.5
+    resumed = GMixoutOptimizer(torch.optim.AdamW(small_model().parameters()))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.param_groups[0]["anchor_decay"] == 0.5
+
+
+def test_loading_ends_eval() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()), resample_every=3)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, range(2, 5))
+    expected = weights(model)
+    optimizer.eval()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, range(2, 5))
+    assert_equal(expected, weights(model))
+
+
 def test_low_precision_keeps_anchors_and_values_exactly() -> None:
     model = small_model(torch.bfloat16)
     optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
@@ -220,6 +243,37 @@ DAMAGE = {
         lambda state: state["state"][0].update(exp_avg=torch.zeros(2)),
         "exp_avg",
     ),
+    "step missing": (lambda state: state["state"][0].pop("step"), "damaged"),
+    "step missing everywhere": (
+        lambda state: [entry.pop("step") for entry in state["state"].values()],
+        "AdamW keeps",
+    ),
+    "moment missing": (lambda state: state["state"][1].pop("exp_avg"), "exp_avg"),
+    "moment of another kind": (lambda state: state["state"][1].update(exp_avg="x"), "exp_avg"),
+    "rate of another kind": (lambda state: state["param_groups"][0].update(lr="1"), "lr='1'"),
+    "decay out of range": (
+        lambda state: state["param_groups"][0].update(anchor_decay=2.0),
+        "anchor_decay",
+    ),
+    "entry of another kind": (lambda state: state["state"][0].update(gmixout=3), "no dict"),
+    "more steps than an episode has": (
+        lambda state: state["param_groups"][0]["gmixout"].update(steps_in_episode=3),
+        "steps_in_episode=3",
+    ),
+    "seed too large": (
+        lambda state: state["param_groups"][0]["gmixout"].update(seed=2**70),
+        "seed",
+    ),
+    "numbers as strings": (
+        lambda state: state.update(state={str(k): v for k, v in state["state"].items()}),
+        "'0'",
+    ),
+    "no state": (lambda state: state.update(state={}), "of 0 tensors"),
+    "a tensor's state gone": (lambda state: state["state"].pop(1), "of 1 tensors"),
+    "other names": (
+        lambda state: state["param_groups"][0]["param_names"].reverse(),
+        "'head.bias' where this optimizer has 'body.weight'",
+    ),
     "unmixed entry": (lambda state: state["state"][0].pop("gmixout"), "not in the run"),
     "mixed entry": (
         lambda state: state["state"][2].update(gmixout=state["state"][0]["gmixout"]),
@@ -237,6 +291,7 @@ def test_a_damaged_state_dict_changes_nothing(name: str) -> None:
     )
     train(model, optimizer, range(4))
     state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"] = [dict(group) for group in state["param_groups"]]
     changed = damage(state)
     if name == "not a dict":
         state = changed
@@ -254,7 +309,6 @@ def test_a_damaged_state_dict_changes_nothing(name: str) -> None:
     "other",
     [
         dict(mask_prob=0.5),
-        dict(anchor_decay=0.5),
         dict(granularity="row"),
         dict(residual="persistent"),
         dict(rescale=True),

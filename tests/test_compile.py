@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from gmixout_optim import GMixoutOptimizer
@@ -179,21 +181,99 @@ def test_unmixed_parameters_and_groups_step_too() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_momentum_that_changes_steps_eagerly_instead_of_compiling_again() -> None:
+def test_options_that_change_in_every_step_compile_nothing() -> None:
+    """And one that has changed for good compiles once."""
     params, others = parameters(), parameters()
     optimizer, eager = adamw(params, True), adamw(others, False)
     take_steps(params, optimizer, 4)
     take_steps(others, eager, 4)
     made = graphs()
     for beta1 in (0.8, 0.7, 0.6):
-        for each in (optimizer, eager):
+        for of, each in ((params, optimizer), (others, eager)):
             each.param_groups[0]["betas"] = (beta1, 0.99)
-        with pytest.warns(UserWarning, match="group 0 other than lr has changed"):
-            take_steps(params, optimizer, 1)
-        take_steps(others, eager, 1)
-    assert graphs() == made
+            take_steps(of, each, 1)
+        assert graphs() == made
+    take_steps(params, optimizer, 2)
+    take_steps(others, eager, 2)
+    again = graphs()
+    assert again > made
+    take_steps(params, optimizer, 4)
+    take_steps(others, eager, 4)
+    assert graphs() == again
     for ours, theirs in zip(params, others, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+@pytest.mark.parametrize("case", [c for c in ELEMENTWISE if c.name not in EAGER], ids=repr)
+def test_a_learning_rate_of_zero(case: Case, rate: object) -> None:
+    """Weights without a gradient so far, in a warm-up: nothing divides by zero."""
+    params = parameters()
+    optimizer = GMixoutOptimizer(case(params), mask_prob=0.6, compile=True)
+    optimizer.param_groups[0].update(lr=rate, foreach=False)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    for _ in range(3):
+        optimizer.step()
+    assert all(param.isfinite().all() for param in params)
+
+
+def test_what_cannot_be_compiled_steps_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that were to be compiled, once, and the others of the step not again."""
+
+    def kernel(*_: object) -> object:
+        def fails(*_: object, **__: object) -> None:
+            raise TorchDynamoException("no compiler here")
+
+        return fails
+
+    def build(compile: bool) -> tuple[list[nn.Parameter], GMixoutOptimizer]:
+        params = parameters()
+        groups = [
+            {"params": params[:3]},
+            {"params": params[3:], "mask_prob": 0.0},
+        ]
+        return params, adamw(groups, compile)
+
+    params, optimizer = build(True)
+    others, eager = build(False)
+    monkeypatch.setattr("gmixout_optim.compiled._kernel", kernel)
+    with pytest.warns(UserWarning, match="could not be compiled.*no compiler here"):
+        take_steps(params, optimizer, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_steps(params, optimizer, 3)
+    take_steps(others, eager, 3)
+    take_steps(others, eager, 3)
+    assert_equal(params, others)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(rescale=True)], ids=["plain", "rescale"])
+@pytest.mark.parametrize("anchor_decay", [0.0, 0.3, 0.9, 0.999, 1.0])
+def test_invariants_8_and_9_hold_to_the_last_bit(anchor_decay: float, settings: dict) -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(5000))]
+    optimizer = adamw(params, True, anchor_decay=anchor_decay, **settings)
+    take_steps(params, optimizer, 5)
+    live = [param.detach().clone() for param in params]
+    optimizer.eval()
+    shown = [param.detach().clone() for param in params]
+    saved = copy.deepcopy((shown, optimizer.state_dict()))
+    optimizer.train()
+    resumed_params = [nn.Parameter(weights.clone()) for weights in saved[0]]
+    resumed = adamw(resumed_params, True, anchor_decay=anchor_decay, **settings)
+    resumed.load_state_dict(saved[1])
+    resumed.train()
+    assert_equal(live, [param.detach() for param in resumed_params])
+    take_steps(params, optimizer, 4)
+    take_steps(resumed_params, resumed, 4)
+    assert_equal(params, resumed_params)
+    for of in (optimizer, resumed):
+        of.eval()
+    shown = [param.detach().clone() for param in params]
+    optimizer.train()
+    optimizer.consolidate()
+    assert_equal(shown, [param.detach() for param in params])
 
 
 def test_hooks_of_the_base_see_packed_gradients() -> None:

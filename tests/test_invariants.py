@@ -263,6 +263,22 @@ def test_invariant_9_consolidate_twice_equals_once(data: st.DataObject) -> None:
     assert same_bits(trial.params, once)
 
 
+@pytest.mark.parametrize("name", ["packed", "dense", "persistent"])
+def test_live_weights_come_back_where_the_parameter_has_moved(name: str) -> None:
+    """The memory format may change while the weights to deploy are shown, for an export say."""
+    where = dict(residual="persistent") if name == "persistent" else dict(layout=name)
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 8))
+    optimizer = GMixoutOptimizer(torch.optim.SGD([weight], lr=0.1), mask_prob=0.5, **where)
+    for _ in range(3):
+        weight.grad = torch.randn(6, 8)
+        optimizer.step()
+    live = weight.detach().clone()
+    with optimizer.eval_weights():
+        weight.data = weight.detach().t().contiguous().t()
+    assert torch.equal(weight, live)
+
+
 @given(data=st.data())
 def test_eval_and_train_are_the_two_ends_of_eval_weights(data: st.DataObject) -> None:
     """Each changes nothing when it is called again, and a block in between changes nothing."""
