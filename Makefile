@@ -14,7 +14,7 @@ help:  ## list the commands
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,integrations,test]'
 	@touch $(READY)
 
 setup: $(READY)  ## make the virtual environment, nothing else

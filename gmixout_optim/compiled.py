@@ -26,7 +26,7 @@ from gmixout_optim.index_sets import stratified_cells
 from gmixout_optim.layout import Row, columns, gradients
 
 # Compiling takes time for every tensor in a graph, calling it hardly any.
-BATCH = 4
+BATCH = 6
 
 
 class Compiler:
@@ -81,10 +81,10 @@ class Compiler:
             grads = gradients(own)
             states = [self.base.state[tensor.param] for tensor, _ in own]
             views, indices, values, _ = columns(own)
-            made_for = (plain, forms(options))
+            made_for = (plain, _forms(options))
             keys = [
-                (made_for, form(view), form(grad), value.shape, tuple(state))
-                for view, grad, value, state in zip(views, grads, values, states, strict=True)
+                (made_for, _form_of(row), grad.dtype, grad.stride(), tuple(state))
+                for row, grad, state in zip(own, grads, states, strict=True)
             ]
             for key, places in _batches(keys):
                 batch = _pick(places, views, indices, values, grads, states)
@@ -97,10 +97,7 @@ class Compiler:
 
     def begin_episode(self, rows: list[Row]) -> None:
         views, indices, values, anchors = columns(rows)
-        keys = [
-            (form(view), form(index), value.shape)
-            for view, index, value in zip(views, indices, values, strict=True)
-        ]
+        keys = [_form_of(row) for row in rows]
         for key, places in _batches(keys):
             kernel = _kernel(mixing.begin_episode_, (key, len(places)))
             kernel(*_pick(places, views, indices, values, anchors))
@@ -119,7 +116,7 @@ class Compiler:
         return tensor.scale == 1 and (has_state or not keeps_state(self.base, tensor.group))
 
     def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
-        options = forms(self._options(number, group))
+        options = _forms(self._options(number, group))
         before = self._last_options.get(number, options)
         self._last_options[number] = options
         # What torch compiles for Adam divides by the learning rate.
@@ -205,15 +202,17 @@ def _without_optimizer(base: Any) -> type:
     return type(base.__name__, (), methods)
 
 
-def form(tensor: Tensor) -> Hashable:
-    """What compiled code depends on of a tensor."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _form_of(row: Row) -> Hashable:
+    """What compiled code depends on of a tensor and its slot."""
+    tensor, slot = row
+    return tensor.width, slot.form, slot.placement, slot.value.shape, slot.index.dtype
 
 
-def forms(items: dict[str, Any]) -> Hashable:
-    """What compiled code depends on of a base's state or options: a number among them is part of the code."""
+def _forms(items: dict[str, Any]) -> Hashable:
+    """What compiled code depends on of a base's options: a number among them is part of the code."""
     return tuple(
-        (key, form(item) if isinstance(item, Tensor) else repr(item)) for key, item in items.items()
+        (key, (item.shape, item.dtype, item.device) if isinstance(item, Tensor) else repr(item))
+        for key, item in items.items()
     )
 
 

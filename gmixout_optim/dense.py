@@ -183,9 +183,10 @@ class DenseLayout(_WholeParameters):
     def _read_trained(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         return self.live(tensor, slot)
 
-    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
-        tensor.param.detach().copy_(slot.anchor)
-        self.show(tensor, slot, self._theta(tensor, slot))
+    def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
+        into = tensor.param.detach() if into is None else into
+        into.copy_(slot.anchor)
+        mixing.scatter_([tensor.view(into)], [slot.index], [self._theta(tensor, slot)])
 
 
 class PersistentLayout(_WholeParameters):
@@ -251,15 +252,14 @@ class PersistentLayout(_WholeParameters):
     def _read_trained(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         return tensor.param.detach().clone()
 
-    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
-        view = tensor.view(tensor.param)
+    def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
+        into = tensor.param.detach() if into is None else into
         learned, anchor = mixing.gather(
             [tensor.view(slot.value), tensor.view(slot.anchor)], [slot.index] * 2
         )
-        tensor.param.detach().copy_(slot.anchor)
-        mixing.scatter_(
-            [view], [slot.index], mixing.model_values([anchor], [learned], [tensor.scale])
-        )
+        into.copy_(slot.anchor)
+        theta = mixing.model_values([anchor], [learned], [tensor.scale])
+        mixing.scatter_([tensor.view(into)], [slot.index], theta)
 
 
 def _masked(tensor: MixedTensor, slot: Slot, grad: Tensor) -> Tensor:

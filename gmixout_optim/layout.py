@@ -29,7 +29,7 @@ class Slot:
     """What one mixed tensor keeps in the running episode.
 
     Attributes:
-        index: int32, where the active cells lie in the parameter's view. Never saved: the seed gives it again.
+        index: int32 or int64, where the active cells lie in the parameter's view. Never saved: the seed gives it again.
         value: what the wrapped optimizer trains (phi, or U), packed or dense as the layout says.
         anchor: A, packed on the active cells or dense as the layout says.
         placement: device and strides of the parameter that the tensors were made for.
@@ -110,8 +110,14 @@ class Layout(ABC):
         """Write what :meth:`live` or :meth:`deployed` gave into the model."""
 
     @abstractmethod
-    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
-        """Make the parameter hold the live weights again, from what is kept of them."""
+    def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
+        """Make the parameter, or a tensor like it, hold the live weights again, from what is kept of them."""
+
+    def theta(self, tensor: MixedTensor, slot: Slot) -> Tensor:
+        """A copy of the parameter with the live weights as they were written to it."""
+        copy = tensor.copy_of(tensor.param)
+        self.write_theta(tensor, slot, copy)
+        return copy
 
     @abstractmethod
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:

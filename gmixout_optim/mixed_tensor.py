@@ -108,7 +108,8 @@ class MixedTensor:
         the memory format.
         """
         if self.param.is_contiguous():
-            return cell
+            # torch's kernels want int64. It is kept where that takes no memory to speak of.
+            return cell.long() if self.width > 1 or self.cells < 2**16 else cell
         element = self.elements(cell)
         offset = torch.zeros_like(element)
         for size, stride in zip(
@@ -129,10 +130,10 @@ class MixedTensor:
         Shares the tensor's memory where its strides are the parameter's; a gradient with other strides is
         copied.
         """
-        tensor = tensor.detach()
+        if torch.is_grad_enabled():
+            tensor = tensor.detach()
         if self.param.is_contiguous():
-            flat = tensor.reshape(-1)
-            return flat if self.width == 1 else flat.view(self.cells, self.width)
+            return tensor.reshape(-1 if self.width == 1 else (self.cells, self.width))
         if tensor.stride() != self.param.stride():
             tensor = self.copy_of(tensor)
         return tensor.as_strided((self._extent(),), (1,))

@@ -1,7 +1,7 @@
 """The arithmetic of the method: pure functions on lists of tensors that touch the active cells only.
 
-Throughout, ``views`` are tensors of shape (cells,) or (cells, width), ``indices`` int32 tensors of shape
-(m,), and packed tensors hold the active cells of a view, one after the other, as vectors of m * width elements.
+Throughout, ``views`` are tensors of shape (cells,) or (cells, width), ``indices`` int32 or int64 tensors of
+shape (m,), and packed tensors hold the active cells of a view, one after the other, as vectors of m * width elements.
 """
 
 from __future__ import annotations

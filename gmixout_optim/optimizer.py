@@ -454,6 +454,13 @@ class GMixoutOptimizer(Optimizer):
         tensor = self.mixed.get(param)
         return None if tensor is None else self.layout.trained_slot(tensor)
 
+    def shows_deployed(self, tensor: MixedTensor, slot: Slot) -> bool:
+        """Whether the model holds the weights to deploy: in eval, or in a persistent run that was consolidated."""
+        if self.run["evaluating"]:
+            return True
+        consolidated = self.run["residual"] == "persistent"
+        return consolidated and torch.equal(tensor.param, self.layout.deployed(tensor, slot))
+
     def _draw(self, tensor: MixedTensor, *kernel: Callable[..., Tensor]) -> Tensor:
         return tensor.draw(self.run["seed"], self.episode, self.run["sampler"], *kernel)
 

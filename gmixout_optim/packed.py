@@ -132,8 +132,10 @@ class PackedLayout(Layout):
     def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
         mixing.scatter_([tensor.view(tensor.param)], [slot.index], [weights])
 
-    def write_theta(self, tensor: MixedTensor, slot: Slot) -> None:
-        self.show(tensor, slot, *mixing.model_values([slot.anchor], [slot.value], [tensor.scale]))
+    def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
+        into = tensor.param if into is None else into
+        theta = mixing.model_values([slot.anchor], [slot.value], [tensor.scale])
+        mixing.scatter_([tensor.view(into)], [slot.index], theta)
 
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         dense = tensor.copy_of(tensor.param)

@@ -10,6 +10,9 @@ from torch import nn
 
 from gmixout_optim.settings import check_mask_prob, check_patterns
 
+# Their weights are scales and shifts, whatever their shape.
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a parameter's name matches one of the glob patterns."""
@@ -35,9 +38,11 @@ def mixout_param_groups(
 
     Returns:
         up to three groups of ``(name, parameter)`` pairs, with ``mask_prob`` and ``weight_decay`` set: mixed
-        tensors, unmixed tensors of two or more dimensions, unmixed tensors of fewer. Empty groups are left out.
+        tensors, unmixed tensors of two or more dimensions, unmixed tensors of fewer and those of norms. Empty
+        groups are left out.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: ``mask_prob`` out of range, or a pattern that matches no parameter.
 
     Example::
@@ -47,6 +52,8 @@ def mixout_param_groups(
     """
     mask_prob = check_mask_prob(mask_prob)
     patterns = (*check_patterns("head", head), *check_patterns("exclude", exclude))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     all_names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -55,9 +62,16 @@ def mixout_param_groups(
                 f"head/exclude pattern {pattern!r} matches no parameter of the model; its names look like "
                 f"{', '.join(map(repr, all_names[:3]))}"
             )
-    mixed = [(n, p) for n, p in named if p.ndim >= 2 and not matches(n, patterns)]
-    wide = [(n, p) for n, p in named if p.ndim >= 2 and matches(n, patterns)]
-    thin = [(n, p) for n, p in named if p.ndim < 2]
+    of_norms = {
+        param
+        for module in model.modules()
+        if isinstance(module, _NORMS)
+        for param in module.parameters(recurse=False)
+    }
+    thin = [(n, p) for n, p in named if p.ndim < 2 or p in of_norms]
+    others = [(n, p) for n, p in named if p.ndim >= 2 and p not in of_norms]
+    mixed = [(n, p) for n, p in others if not matches(n, patterns)]
+    wide = [(n, p) for n, p in others if matches(n, patterns)]
     groups: list[dict[str, Any]] = [
         {"params": mixed, "mask_prob": mask_prob, "weight_decay": weight_decay},
         {"params": wide, "mask_prob": 0.0, "weight_decay": weight_decay},

@@ -30,8 +30,10 @@ class TensorReport:
         drift: root mean square of theta - A over the active weights, relative to that of A; None where it is not
             mixed or was not trained in this episode.
         inactive_differing: how many inactive weights differ from the anchor, None where that is not known
-            (packed: the weights themselves are the anchor there). Anything but 0 says that the weights were
-            changed from outside: call ``resync()``.
+            (packed: the weights themselves are the anchor there).
+        active_differing: how many active weights differ from what the optimizer wrote, None where nothing was
+            trained yet or the model holds the weights to deploy. Anything but 0 in either says that the weights
+            were changed from outside: call ``resync()``, or the next step undoes it.
         state_bytes: bytes of the base's state.
         value_bytes, anchor_bytes, index_bytes: bytes of the trained values, the anchor and the index set.
         workspace_bytes: bytes of buffers that are kept for speed and hold nothing between steps.
@@ -46,6 +48,7 @@ class TensorReport:
     width: int
     drift: float | None
     inactive_differing: int | None
+    active_differing: int | None
     state_bytes: int
     value_bytes: int
     anchor_bytes: int
@@ -136,7 +139,8 @@ def _tensor_report(
     tensor = optimizer.mixed.get(param)
     slot = optimizer.slot_of(param)
     note = ""
-    density, width, drift, differing = 1.0, 1, None, None
+    density, width, drift = 1.0, 1, None
+    inactive_differing = active_differing = None
     if tensor is None:
         note = optimizer.reason_unmixed(group, place) or "added to the group from outside"
     else:
@@ -147,12 +151,17 @@ def _tensor_report(
             note = f"{param.numel()} elements are not a multiple of {group['granularity']}: element-wise"
         elif not param.requires_grad:
             note = "frozen"
+        elif tensor.cells == 1:
+            note = "one cell: always active"
         if slot is not None:
             moved, anchor = optimizer.layout.displacement(tensor, slot)
             if moved.numel():
-                drift = float(moved.double().norm() / anchor.double().norm().clamp(min=1e-30))
-            if slot.anchor.shape == param.shape:
-                differing = int(((param != slot.anchor) & ~active).sum())
+                drift = float(_norm(moved) / _norm(anchor).clamp(min=1e-30))
+            changed = param != optimizer.layout.theta(tensor, slot)
+            if not (changed.any() and optimizer.shows_deployed(tensor, slot)):
+                active_differing = int((changed & active).sum())
+                if slot.anchor.shape == param.shape:
+                    inactive_differing = int((changed & ~active).sum())
     return TensorReport(
         name=name_of(group, place, number),
         shape=tuple(param.shape),
@@ -162,7 +171,8 @@ def _tensor_report(
         density=density,
         width=width,
         drift=drift,
-        inactive_differing=differing,
+        inactive_differing=inactive_differing,
+        active_differing=active_differing,
         state_bytes=_bytes_of(
             {key: item for key, item in optimizer.state.get(param, {}).items() if key != KEY}
         ),
@@ -175,8 +185,9 @@ def _tensor_report(
 
 def _row(tensor: TensorReport) -> tuple[str, ...]:
     note = tensor.note
-    if tensor.inactive_differing:
-        note = f"{tensor.inactive_differing} inactive weights differ from the anchor: call resync()"
+    changed = (tensor.inactive_differing or 0) + (tensor.active_differing or 0)
+    if changed:
+        note = f"{changed} weights were changed from outside: call resync()"
     return (
         tensor.name,
         "x".join(map(str, tensor.shape)) or "scalar",
@@ -186,6 +197,12 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
         "" if tensor.drift is None else f"{tensor.drift:.1e}",
         f"{tensor.bytes:,}",
         note,
+    )
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(
+        tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
     )
 
 

@@ -377,3 +377,35 @@ def test_a_warning_that_is_an_error_leaves_the_base_free() -> None:
         with pytest.raises(UserWarning, match="freshly initialised"):
             GMixoutOptimizer(base)
     GMixoutOptimizer(base)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(layout="dense"), dict(residual="persistent")])
+def test_report_finds_active_weights_changed_from_outside(settings: dict[str, Any]) -> None:
+    model = small_model(torch.float32)
+    optimizer = GMixoutOptimizer(
+        torch.optim.AdamW(model.named_parameters()), exclude="head.*", mask_prob=0.5, **settings
+    )
+    train(model, optimizer, range(3))
+
+    def differing() -> list[int | None]:
+        return [tensor.active_differing for tensor in optimizer.report().tensors]
+
+    assert differing() == [0, 0, None, None]
+    with optimizer.eval_weights():
+        assert not any(differing())
+    before = weights(model)
+    with torch.no_grad():
+        model.body.weight.clamp_(-0.1, 0.1)
+    clamped = (model.body.weight != before[0]) & optimizer.active_mask(model.body.weight)
+    assert differing() == [int(clamped.sum()), 0, None, None]
+    assert "changed from outside: call resync()" in str(optimizer.report())
+    optimizer.resync()
+    assert differing() == [0, 0, None, None]
+
+
+def test_report_of_a_consolidated_persistent_run_asks_for_nothing() -> None:
+    model = small_model()
+    optimizer = GMixoutOptimizer.mixout(torch.optim.AdamW(model.parameters()), mask_prob=0.5)
+    train(model, optimizer, range(3))
+    optimizer.consolidate()
+    assert "resync" not in str(optimizer.report())
