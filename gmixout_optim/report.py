@@ -201,9 +201,8 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(
-        tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-    )
+    norm: Tensor = torch.linalg.vector_norm(tensor.abs().double())
+    return norm
 
 
 def _bytes_of(item: Any) -> int:
