@@ -1,0 +1,71 @@
+"""State dicts that released versions wrote: later versions go on from them.
+
+``python -m tests.test_state_dict_versions`` writes the file of the present version; files of released versions stay.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gmixout_optim import GMixoutOptimizer
+from gmixout_optim.settings import VERSION
+from tests.training import small_model, train, weights
+
+FOLDER = Path(__file__).parent / "data"
+RUNS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = {
+    "packed": (torch.optim.AdamW, dict(lr=0.05), dict()),
+    "rows": (torch.optim.SGD, dict(lr=0.05, momentum=0.9), dict(granularity="row", rescale=True)),
+    "bernoulli": (torch.optim.Adam, dict(lr=0.05), dict(sampler="bernoulli", carry_state=True)),
+    "dense": (torch.optim.Adafactor, dict(lr=0.05), dict(granularity=2)),
+    "persistent": (torch.optim.AdamW, dict(lr=0.05), dict(residual="persistent", rescale=True)),
+}
+
+
+def build(name: str, seed: int) -> tuple[nn.Module, GMixoutOptimizer]:
+    kind, options, settings = RUNS[name]
+    model = small_model()
+    base = kind(model.named_parameters(), **options)
+    settings = dict(exclude="head.*", mask_prob=0.5, resample_every=4, seed=seed, **settings)
+    return model, GMixoutOptimizer(base, **settings)
+
+
+def write() -> None:
+    saved = {}
+    for name in RUNS:
+        model, optimizer = build(name, seed=11)
+        train(model, optimizer, range(6))
+        at_six = {key: item.clone() for key, item in model.state_dict().items()}
+        state = torch.utils._pytree.tree_map(
+            lambda item: item.clone() if isinstance(item, torch.Tensor) else item,
+            optimizer.state_dict(),
+        )
+        train(model, optimizer, range(6, 12))
+        saved[name] = dict(model=at_six, optimizer=state, after=weights(model))
+    FOLDER.mkdir(exist_ok=True)
+    torch.save(saved, FOLDER / f"state_dicts_{VERSION}.pt")
+
+
+def test_the_present_version_has_its_file() -> None:
+    assert (FOLDER / f"state_dicts_{VERSION}.pt").exists()
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("state_dicts_*.pt")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("name", RUNS)
+def test_goes_on_from_what_a_version_saved(name: str, file: Path) -> None:
+    saved = torch.load(file, weights_only=True)[name]
+    model, optimizer = build(name, seed=0)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert (optimizer.episode, optimizer.steps_in_episode) == (1, 2)
+    train(model, optimizer, range(6, 12))
+    for ours, theirs in zip(weights(model), saved["after"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+if __name__ == "__main__":
+    write()
