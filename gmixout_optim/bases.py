@@ -126,11 +126,14 @@ def step_is_its_own(base: Optimizer) -> bool:
 
 
 def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
-    """The names of the state tensors that hold one value for each element of a parameter of ``shape``."""
+    """The names of the state tensors that hold one value for each element of a parameter of ``shape``.
+
+    Quantised ones (tensor subclasses) are not among them: they hold a scale for many elements.
+    """
     return {
         key
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == shape and key not in _SHARED_KEYS
+        if type(value) is Tensor and value.shape == shape and key not in _SHARED_KEYS
     }
 
 
@@ -184,6 +187,11 @@ def resets_in_place(base: Optimizer) -> bool:
     # SGD's first momentum is the gradient undamped: only a missing buffer says so.
     damped = any(group.get("dampening") for group in base.param_groups)
     return type(base) in ELEMENTWISE and type(base) not in _BEGINS_AT_LR and not damped
+
+
+def has_modes(base: Optimizer) -> bool:
+    """Whether the base itself swaps weights for evaluation, as schedule-free optimizers do."""
+    return callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None))
 
 
 def keeps_state(base: Optimizer, group: dict[str, Any]) -> bool:

@@ -165,6 +165,12 @@ class PackedLayout(Layout):
     def _pack_state(self, tensor: MixedTensor, slot: Slot) -> None:
         """Take over what a base that has already stepped knows of the active cells."""
         state = self.base.state.get(tensor.param, {})
+        for key, item in state.items():
+            if isinstance(item, Tensor) and type(item) is not Tensor and item.numel() > 1:
+                raise TypeError(
+                    f"base has stepped and keeps {key!r} of {tensor.name} as {type(item).__name__}, which cannot be "
+                    "packed: wrap it before its first step"
+                )
         for key in per_cell_state(state, tensor.param.shape):
             state[key] = _gather(tensor, state[key], slot.index)
 

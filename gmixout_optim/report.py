@@ -206,6 +206,8 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _bytes_of(item: Any) -> int:
+    if hasattr(item, "__tensor_flatten__"):  # a quantised state, say: what it is made of
+        return sum(_bytes_of(getattr(item, name)) for name in item.__tensor_flatten__()[0])
     if isinstance(item, Tensor):
         return item.numel() * item.element_size()
     if isinstance(item, dict):

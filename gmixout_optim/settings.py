@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED
+from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED, has_modes
 from gmixout_optim.index_sets import MAX_CELLS, SAMPLERS
 from gmixout_optim.layout import KEY
 from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
@@ -202,6 +202,11 @@ def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[
     if mixed and any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(
             f"base={name} has differentiable=True: a step on mixed parameters cannot be differentiated through"
+        )
+    if mixed and has_modes(base):
+        raise ValueError(
+            f"base={name} has train() and eval(): it keeps weights of its own to evaluate, and which of the two would be "
+            "deployed is not defined; use it alone, or wrap an optimizer without them"
         )
     if mixed and kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")

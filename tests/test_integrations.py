@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import accelerate_loop
 import hf_trainer
 import lightning_module
+import tensorboard_log
 import timm_factory
 from tiny_task import Spirals, pretrained
 
@@ -208,3 +209,22 @@ def test_timm_factory(name: str) -> None:
             of(data.inputs, data.labels)["loss"].backward()
             by.step()
     assert_equal(weights(model), weights(resumed_model))
+
+
+# TensorBoard
+
+
+def test_tensorboard_gets_drift_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(sys, "argv", ["log", "--epochs", "1", "--folder", str(tmp_path)])
+    tensorboard_log.main()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert sorted(tag for tag in tags if tag.startswith("drift/")) == [
+        f"drift/body.{layer}.{kind}" for layer in (0, 2) for kind in ("bias", "weight")
+    ]
+    drifts = [event.value for event in events.Scalars("drift/body.0.weight")]
+    assert len(drifts) == 2
+    assert min(drifts) > 0
