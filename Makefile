@@ -23,10 +23,10 @@ demo: $(READY)  ## fine-tune the pretrained model with and without GMixout: tabl
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-thorough: $(READY)  ## run the tests with more than twice the generated examples
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto $(ARGS)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check .
