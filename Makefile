@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-thorough lint format types setup clean
+.PHONY: help conformance demo test test-thorough lint format types setup clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ test: $(READY)  ## run the tests
 
 test-thorough: $(READY)  ## run the tests with more than twice the generated examples
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+conformance: $(READY)  ## hold ours and other wrappers against what loops expect: docs/conformance.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[conformance]'
+	$(BIN)/python -m tests.conformance
 
 lint: $(READY)  ## check format and style
 	$(BIN)/ruff format --check .
