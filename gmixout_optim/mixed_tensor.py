@@ -109,7 +109,7 @@ class MixedTensor:
         """
         if self.param.is_contiguous():
             # torch's kernels want int64. It is kept where that takes no memory to speak of.
-            return cell.long() if self.width > 1 or self.cells < 2**16 else cell
+            return cell.long() if self.width > 1 else cell
         element = self.elements(cell)
         offset = torch.zeros_like(element)
         for size, stride in zip(

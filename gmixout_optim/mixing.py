@@ -35,10 +35,12 @@ def gather_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
     """Write packed values (cast to the view's dtype) to the active cells of each view, in place."""
     for view, index, values in zip(views, indices, packed, strict=True):
-        cells = values.to(view.dtype).view(-1, *view.shape[1:])
-        if view.ndim == 2 and view.is_cpu and _in_words(view) and _in_words(cells):
-            # On a CPU the copy takes time for each item, whatever its size.
-            view, cells = view.view(torch.float64), cells.view(torch.float64)
+        cells = values.to(view.dtype)
+        if view.ndim == 2:
+            cells = cells.view(-1, view.shape[1])
+            if view.is_cpu and _in_words(view) and _in_words(cells):
+                # On a CPU the copy takes time for each item, whatever its size.
+                view, cells = view.view(torch.float64), cells.view(torch.float64)
         view.index_copy_(0, index.long(), cells)
 
 

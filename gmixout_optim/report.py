@@ -86,7 +86,7 @@ class Report:
         weights = sum(torch.Size(tensor.shape).numel() for tensor in self.tensors)
         covered = sum(torch.Size(tensor.shape).numel() for tensor in mixed)
         rows: list[tuple[str, ...]] = [
-            ("parameter", "shape", "mixed", "density", "width", "drift", "bytes", "note")
+            ("parameter", "group", "shape", "mixed", "density", "width", "drift", "bytes", "note")
         ]
         rows += [_row(tensor) for tensor in self.tensors]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -190,6 +190,7 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
         note = f"{changed} weights were changed from outside: call resync()"
     return (
         tensor.name,
+        str(tensor.group),
         "x".join(map(str, tensor.shape)) or "scalar",
         "yes" if tensor.mixed else "no",
         f"{tensor.density:.3f}",
