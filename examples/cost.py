@@ -95,7 +95,7 @@ def main() -> None:
                 reference = milliseconds(plain.step, args.device)
                 steps.append(milliseconds(optimizer.step, args.device))
                 ratios.append(steps[-1] / reference)
-            few = range(max(3, args.rounds // 4))
+            few = range(max(3, args.rounds // 2))
             swap = median(
                 milliseconds(partial(swap_in_and_out, optimizer), args.device) for _ in few
             )
