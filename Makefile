@@ -29,7 +29,7 @@ test-thorough: $(READY)  ## run the tests with more than twice the generated exa
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 conformance: $(READY)  ## hold ours and other wrappers against what loops expect: docs/conformance.md
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[conformance]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[conformance]'
 	$(BIN)/python -m tests.conformance
 
 lint: $(READY)  ## check format and style
