@@ -81,7 +81,7 @@ class Compiler:
             grads = gradients(own)
             states = [self.base.state[tensor.param] for tensor, _ in own]
             views, indices, values, _ = columns(own)
-            made_for = (plain, _forms(options))
+            made_for = (plain, self._last_options[number])
             keys = [
                 (made_for, _form_of(row), grad.dtype, grad.stride(), tuple(state))
                 for row, grad, state in zip(own, grads, states, strict=True)

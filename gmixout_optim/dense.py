@@ -146,13 +146,6 @@ class DenseLayout(_WholeParameters):
         )
         return moved
 
-    def live(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        (weights,) = mixing.gather([tensor.view(tensor.param)], [slot.index])
-        return weights
-
-    def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
-        mixing.scatter_([tensor.view(tensor.param)], [slot.index], [weights])
-
     def displacement(self, tensor: MixedTensor, slot: Slot) -> tuple[Tensor, Tensor]:
         anchor = self._active_anchor(tensor, slot)
         return self._theta(tensor, slot) - anchor, anchor

@@ -101,13 +101,14 @@ class Layout(ABC):
     def deployed(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         """The weights to deploy, where they can differ from the live ones: as :meth:`live` holds them."""
 
-    @abstractmethod
     def live(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        """A copy of the part of the live weights that :meth:`show` writes."""
+        """A copy of the part of the live weights that :meth:`show` writes: the active ones, packed."""
+        (weights,) = mixing.gather([tensor.view(tensor.param)], [slot.index])
+        return weights
 
-    @abstractmethod
     def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
         """Write what :meth:`live` or :meth:`deployed` gave into the model."""
+        mixing.scatter_([tensor.view(tensor.param)], [slot.index], [weights])
 
     @abstractmethod
     def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:

@@ -125,13 +125,6 @@ class PackedLayout(Layout):
         (moved,) = mixing.moved_anchors([slot.anchor], [slot.value], [tensor.anchor_decay])
         return moved
 
-    def live(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        (weights,) = mixing.gather([tensor.view(tensor.param)], [slot.index])
-        return weights
-
-    def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
-        mixing.scatter_([tensor.view(tensor.param)], [slot.index], [weights])
-
     def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
         into = tensor.param if into is None else into
         theta = mixing.model_values([slot.anchor], [slot.value], [tensor.scale])
@@ -256,7 +249,7 @@ def _carrying(
     kept = (before[place] == after).nonzero().squeeze(1) if before.shape[0] else place[:0]
 
     def rebuild(state: Tensor, start: float | Tensor) -> Tensor:
-        renewed = fill_(state.new_empty(shape), start)
+        renewed = _restarting(shape, state, start)
         return renewed.index_copy_(0, kept, state.index_select(0, place[kept]))
 
     return rebuild

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gmixout_optim.settings import check_mask_prob, check_patterns
+from gmixout_optim.settings import check_mask_prob, check_patterns, unmatched
 
 # Their weights are scales and shifts, whatever their shape.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -56,12 +56,11 @@ def mixout_param_groups(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     all_names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in all_names):
-            raise ValueError(
-                f"head/exclude pattern {pattern!r} matches no parameter of the model; its names look like "
-                f"{', '.join(map(repr, all_names[:3]))}"
-            )
+    for pattern in unmatched(patterns, all_names):
+        raise ValueError(
+            f"head/exclude pattern {pattern!r} matches no parameter of the model; its names look like "
+            f"{', '.join(map(repr, all_names[:3]))}"
+        )
     of_norms = {
         param
         for module in model.modules()

@@ -145,7 +145,7 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
             f"exclude={value!r} needs parameter names: build the base from model.named_parameters()"
         )
     names = [name for group in groups for name in group["param_names"]]
-    unused = [pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in names)]
+    unused = unmatched(patterns, names)
     message = (
         f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}, and 'head.*' matches all "
         "parameters of the module 'head'"
@@ -155,6 +155,11 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
     if unused:
         warnings.warn(message, stacklevel=3)
     return patterns
+
+
+def unmatched(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The glob patterns that match none of the names."""
+    return [pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in names)]
 
 
 def check_patterns(argument: str, value: Any) -> tuple[str, ...]:

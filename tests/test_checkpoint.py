@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -15,15 +14,7 @@ from torch import nn
 
 from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import DENSE_GRADIENTS, Case
-from tests.training import assert_equal, small_model, train, weights
-
-
-def saved_and_loaded(state: Any) -> Any:
-    """Through a file, as torch loads by default: no pickled objects allowed."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+from tests.training import assert_equal, saved_and_loaded, small_model, train, weights
 
 
 def run_settings() -> st.SearchStrategy[dict[str, Any]]:

@@ -71,8 +71,7 @@ def test_compiled_equals_eager_and_compiles_once(case: Case) -> None:
     # Steps 3, 6 and 9 end episodes; the first of them compiles the redraw.
     assert graphs[3:] == [graphs[3]] * len(graphs[3:])
     assert not counters["graph_break"]
-    for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
     for param, other in zip(
         optimizer.param_groups[0]["params"], eager_optimizer.param_groups[0]["params"], strict=True
     ):
@@ -86,8 +85,7 @@ def test_settings_compiled() -> None:
     eager, _, _ = run(case, compile=False, **settings)
     compiled, optimizer, graphs = run(case, compile=True, **settings)
     assert graphs[3:] == [graphs[3]] * len(graphs[3:])
-    for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
     restored = copy.deepcopy(optimizer)  # compiled code stays behind
     assert_equal(restored.state_dict(), optimizer.state_dict())
 
@@ -157,8 +155,7 @@ def test_gradients_that_come_late_and_stay_away() -> None:
     take_steps(compiled, adamw(compiled, True), 9, present)
     assert graphs() > 0
     take_steps(eager, adamw(eager, False), 9, present)
-    for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_unmixed_parameters_and_groups_step_too() -> None:
@@ -178,8 +175,7 @@ def test_unmixed_parameters_and_groups_step_too() -> None:
     assert graphs() > 0
     eager, optimizer = build(False)
     take_steps(eager, optimizer, 7)
-    for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
 def test_options_that_change_in_every_step_compile_nothing() -> None:
@@ -201,8 +197,7 @@ def test_options_that_change_in_every_step_compile_nothing() -> None:
     take_steps(params, optimizer, 4)
     take_steps(others, eager, 4)
     assert graphs() == again
-    for ours, theirs in zip(params, others, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
@@ -307,8 +302,7 @@ def test_anchor_decay_that_changes_compiles_nothing() -> None:
             made.append(graphs())
         assert made[1:] == [made[1]] * 3
         results.append(params)
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmixout_optim import GMixoutOptimizer
-from tests.training import assert_equal, weights
+from tests.training import assert_equal, saved_and_loaded, weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -196,10 +195,7 @@ def test_timm_factory(name: str) -> None:
 
     resumed_model = pretrained()
     resumed = timm_factory.make_optimizer(resumed_model, name)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    of_model, of_optimizer = torch.load(file, weights_only=True)
+    of_model, of_optimizer = saved_and_loaded([model.state_dict(), optimizer.state_dict()])
     resumed_model.load_state_dict(of_model)
     resumed.load_state_dict(of_optimizer)
     data = Spirals(64)

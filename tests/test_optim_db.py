@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,14 @@ from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bases import ELEMENTWISE, REFUSED
 from tests.optimizers import Case
 from tests.test_parity import run_on
-from tests.training import assert_equal, freeze_and_thaw, small_model, train, weights
+from tests.training import (
+    assert_equal,
+    freeze_and_thaw,
+    saved_and_loaded,
+    small_model,
+    train,
+    weights,
+)
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="needs expecttest")
 
@@ -82,10 +88,7 @@ def test_saved_and_loaded_each_goes_on(case: Case, dtype: torch.dtype) -> None:
     resumed_model = copy.deepcopy(model)
     optimizer = wrap(case, model.parameters(), mask_prob=0.5, resample_every=3)
     train(model, optimizer, range(7), freeze_and_thaw(model))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    of_model, of_optimizer = torch.load(file, weights_only=True)
+    of_model, of_optimizer = saved_and_loaded([model.state_dict(), optimizer.state_dict()])
     resumed_model.load_state_dict(of_model)
     resumed = wrap(case, resumed_model.parameters(), mask_prob=0.5, resample_every=3)
     resumed.load_state_dict(of_optimizer)

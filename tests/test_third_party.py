@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gmixout_optim import GMixoutOptimizer
-from tests.training import assert_equal, weights
+from tests.training import assert_equal, saved_and_loaded, weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from torchvision_compat import ensure_torchvision
@@ -80,10 +79,7 @@ def resumes(make: Make, width: int, **settings: Any) -> GMixoutOptimizer:
     model, resumed_model = model_of(width), model_of(width)
     optimizer = wrap(model, make, **settings)
     steps(model, optimizer, range(5))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    of_model, of_optimizer = torch.load(file, weights_only=True)
+    of_model, of_optimizer = saved_and_loaded([model.state_dict(), optimizer.state_dict()])
     resumed = wrap(resumed_model, make, **settings)
     resumed_model.load_state_dict(of_model)
     resumed.load_state_dict(of_optimizer)
@@ -103,8 +99,7 @@ def test_packed_where_the_user_says_so_equals_dense(name: str, carry_state: bool
     assert (packed.report().layout, dense.report().layout) == ("packed", "dense")
     steps(packed_model, packed, range(8))
     steps(dense_model, dense, range(8))
-    for ours, theirs in zip(weights(packed_model), weights(dense_model), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(packed_model), weights(dense_model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["packed", "auto"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -76,6 +77,14 @@ def freeze_and_thaw(model: nn.Module) -> Callable[[int], None]:
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [param.detach().clone() for param in model.parameters()]
+
+
+def saved_and_loaded(state: Any) -> Any:
+    """Through a file, as torch loads by default: no pickled objects allowed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def assert_equal(left: Any, right: Any) -> None:
