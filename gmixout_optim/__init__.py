@@ -1,9 +1,10 @@
 """GMixout as a pure-torch optimizer wrapper: fine-tune without losing a pretrained model's robustness."""
 
 from gmixout_optim.optimizer import GMixoutOptimizer
+from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.param_groups import mixout_param_groups
 from gmixout_optim.report import Report, TensorReport
 
 __version__ = "0.1.0"
 
-__all__ = ["GMixoutOptimizer", "Report", "TensorReport", "mixout_param_groups"]
+__all__ = ["GMixoutOptimizer", "PackedGradient", "Report", "TensorReport", "mixout_param_groups"]

@@ -91,7 +91,7 @@ def load_state_dict(optimizer: GMixoutOptimizer, given: dict[str, Any]) -> None:
         group.update({**optimizer.base.defaults, **loaded, **own, KEY: optimizer.run})
     optimizer.run.update({key: run[key] for key in _PROGRESS})
     with optimizer.layout.apart():
-        optimizer.layout.slots = slots
+        optimizer.layout.restore(slots)
         optimizer.state.clear()
         optimizer.state.update(state)
         optimizer.base.__setstate__(
@@ -108,6 +108,7 @@ def _checked_groups(
     saved = state_dict.get("param_groups")
     if not isinstance(saved, list) or not isinstance(state_dict.get("state"), dict):
         raise ValueError("state_dict has no 'param_groups' list and 'state' dict: it is damaged")
+    saved = [_up_to_date(group) for group in saved]
     own = optimizer.param_groups
     if len(saved) != len(own):
         raise ValueError(
@@ -152,6 +153,16 @@ def _checked_groups(
     return deepcopy(saved)
 
 
+def _up_to_date(group: Any) -> Any:
+    """A saved group in the present format."""
+    if not isinstance(group, dict) or not isinstance(group.get(KEY), dict):
+        return group
+    run = group[KEY]
+    if run.get("version") == 1:
+        run = {**run, "version": 2, "stochastic_rounding": False}
+    return {**group, KEY: run}
+
+
 def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], place: int) -> None:
     """What may change while training is taken from the state dict, if it is of the right kind."""
     for key, value in own.items():
@@ -177,7 +188,7 @@ def _kind(value: Any) -> type:
 def _check_settings(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
     if saved.get("version") != own["version"]:
         raise ValueError(
-            f"state_dict has format version {saved.get('version')!r}, this library reads version {own['version']}"
+            f"state_dict has format version {saved.get('version')!r}, this library reads versions up to {own['version']}"
         )
     for key in _PROGRESS:
         value = saved.get(key)

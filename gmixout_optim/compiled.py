@@ -23,7 +23,10 @@ from torch.optim import Optimizer
 from gmixout_optim import mixing
 from gmixout_optim.bases import keeps_state, resets_in_place, step_is_its_own
 from gmixout_optim.index_sets import stratified_cells
-from gmixout_optim.layout import Row, columns, gradients
+from gmixout_optim.layout import Row, columns
+from gmixout_optim.mixed_tensor import MixedTensor
+from gmixout_optim.packed_gradient import PackedGradient
+from gmixout_optim.rounding import NARROW
 
 # Compiling takes time for every tensor in a graph, calling it hardly any.
 BATCH = 6
@@ -36,12 +39,20 @@ class Compiler:
         base: the wrapped optimizer.
         wanted: the user's ``compile``.
         static_shapes: whether index sets keep their sizes when they are redrawn.
+        dither_key: of a tensor in the running episode, where weights are rounded stochastically.
     """
 
-    def __init__(self, base: Optimizer, wanted: bool | None, static_shapes: bool) -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        wanted: bool | None,
+        static_shapes: bool,
+        dither_key: Callable[[MixedTensor], int] | None,
+    ) -> None:
         self.base = base
         self.wanted = wanted
         self.static_shapes = static_shapes
+        self.dither_key = dither_key
         # By the number of the group: its lr as compiled code takes it, and the other options in the last step.
         self._lrs: dict[int, Tensor] = {}
         self._last_options: dict[int, Hashable] = {}
@@ -78,16 +89,27 @@ class Compiler:
             if not own:
                 continue
             options = self._options(number, group)
-            grads = gradients(own)
+            grads = [_gradient_of(tensor) for tensor, _ in own]
             states = [self.base.state[tensor.param] for tensor, _ in own]
             views, indices, values, _ = columns(own)
+            dithers = [self._dither(tensor) for tensor, _ in own]
             made_for = (plain, self._last_options[number])
             keys = [
-                (made_for, _form_of(row), grad.dtype, grad.stride(), tuple(state))
-                for row, grad, state in zip(own, grads, states, strict=True)
+                (
+                    made_for,
+                    _form_of(row),
+                    grad.dtype,
+                    grad.stride(),
+                    packed,
+                    dither is None,
+                    tuple(state),
+                )
+                for row, (grad, packed), dither, state in zip(
+                    own, grads, dithers, states, strict=True
+                )
             ]
             for key, places in _batches(keys):
-                batch = _pick(places, views, indices, values, grads, states)
+                batch = _pick(places, views, indices, values, grads, dithers, states)
                 try:
                     _kernel(packed_step, (key, len(places)))(*batch, plain=plain, options=options)
                 except TorchDynamoException as error:
@@ -101,6 +123,12 @@ class Compiler:
         for key, places in _batches(keys):
             kernel = _kernel(mixing.begin_episode_, (key, len(places)))
             kernel(*_pick(places, views, indices, values, anchors))
+
+    def _dither(self, tensor: MixedTensor) -> Tensor | None:
+        """The key of a tensor's rounding as compiled code takes it: a number would compile again in every episode."""
+        if self.dither_key is None or tensor.param.dtype not in NARROW:
+            return None
+        return torch.tensor(self.dither_key(tensor))
 
     def _wants(self, row: Row) -> bool:
         tensor, _ = row
@@ -165,7 +193,8 @@ def packed_step(
     views: list[Tensor],
     indices: list[Tensor],
     values: list[Tensor],
-    grads: list[Tensor],
+    grads: list[tuple[Tensor, bool]],
+    dithers: list[Tensor | None],
     states: list[dict[str, Any]],
     *,
     plain: type,
@@ -173,16 +202,21 @@ def packed_step(
 ) -> None:
     """Gather the active gradients, step the base on the packed values, scatter these.
 
-    Tensors as in :mod:`gmixout_optim.mixing`; ``plain`` is :func:`_without_optimizer` of the base's class, ``options``
-    are those of the parameter group and ``states`` what the base keeps for each value.
+    Tensors as in :mod:`gmixout_optim.mixing`, gradients with a flag: whether they are packed already; ``dithers``
+    are the keys of :func:`gmixout_optim.mixing.narrowed`, ``plain`` is :func:`_without_optimizer` of the base's
+    class, ``options`` are those of the parameter group and ``states`` what the base keeps for each value.
     """
-    for value, grad in zip(values, mixing.gather(grads, indices), strict=True):
-        value.grad = grad.to(value.dtype)
+    for value, index, (grad, packed) in zip(values, indices, grads, strict=True):
+        active = grad if packed else mixing.gather([grad], [index])[0]
+        value.grad = active.to(value.dtype)
     base: Any = object.__new__(plain)
     base.param_groups = [{**options, "params": values}]
     base.state = dict(zip(values, states, strict=True))
     base.step()
-    mixing.scatter_(views, indices, values)
+    keys = [dither for dither in dithers if dither is not None]
+    mixing.scatter_(
+        views, indices, mixing.narrowed(views, indices, values, keys) if keys else values
+    )
     for value in values:
         value.grad = None
 
@@ -200,6 +234,15 @@ def _without_optimizer(base: Any) -> type:
             if inspect.isfunction(item) and not name.startswith("__"):
                 methods[name] = inspect.unwrap(item)
     return type(base.__name__, (), methods)
+
+
+def _gradient_of(tensor: MixedTensor) -> tuple[Tensor, bool]:
+    """The gradient as :mod:`gmixout_optim.mixing` takes it, and whether it is packed."""
+    grad = tensor.param.grad
+    assert grad is not None
+    if isinstance(grad, PackedGradient):
+        return grad.active, True
+    return tensor.view(grad), False
 
 
 def _form_of(row: Row) -> Hashable:

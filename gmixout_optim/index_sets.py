@@ -35,6 +35,9 @@ _CPU_CHUNK = 1 << 17
 _ROTATION_COUNTER = 0
 _FIRST_COUNTER = 1
 
+# The purpose of a tensor's other stream, whose counters are the places of its elements.
+ROUNDING = 1
+
 
 _MASK_64 = (1 << 64) - 1
 
@@ -62,7 +65,7 @@ def _finalise_(x: Tensor) -> Tensor:
     return x
 
 
-def _bits(key: Number, counter: Tensor) -> Tensor:
+def random_bits(key: Number, counter: Tensor) -> Tensor:
     """64 random bits (int64) for each counter of the stream that ``key`` starts."""
     return _finalise_((counter * _GOLDEN).add_(key))
 
@@ -79,14 +82,14 @@ def _finalise_int(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def episode_key(seed: int, tensor: int, episode: int) -> int:
-    """The key of one tensor's stream in one episode, as an int64 value.
+def episode_key(seed: int, tensor: int, episode: int, *purpose: int) -> int:
+    """The key of one tensor's stream in one episode, as an int64 value; further streams have a ``purpose``.
 
-    The three numbers enter one after the other, each through the finaliser, so that neighbouring seeds,
+    The numbers enter one after the other, each through the finaliser, so that neighbouring seeds,
     tensors and episodes start at unrelated places of the one sequence of period 2**64.
     """
     key = 0
-    for word in (seed, tensor, episode):
+    for word in (seed, tensor, episode, *purpose):
         key = _finalise_int((key + (word + 1) * _GOLDEN) & _MASK_64)
     return _signed(key)
 
@@ -122,7 +125,7 @@ def _picks(j: Tensor, key: Number, step: Number, shift: Number) -> Tensor:
     """One position inside each stratum ``j`` (int64), uniform."""
     start = (j * step) >> shift
     length = ((j * step + step) >> shift) - start
-    return _below(_bits(key, j + _FIRST_COUNTER), length).add_(start)
+    return _below(random_bits(key, j + _FIRST_COUNTER), length).add_(start)
 
 
 def stratified_cells(
@@ -149,7 +152,7 @@ def stratified_cells(
 def bernoulli_mask(cell: Tensor, key: Number, density: float) -> Tensor:
     """Whether each cell (int64 global indices) is active, independently with probability ``density``."""
     last = max(0, int(density * 2.0**64) - 1) - 2**63
-    return _bits(key, cell + _FIRST_COUNTER) <= last
+    return random_bits(key, cell + _FIRST_COUNTER) <= last
 
 
 def active_cells(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +58,6 @@ def columns(
     )
 
 
-def gradients(rows: list[Row]) -> list[Tensor]:
-    """The gradients, all of which there are, as :mod:`gmixout_optim.mixing` takes them."""
-    return [tensor.view(cast(Tensor, tensor.param.grad)) for tensor, _ in rows]
-
-
 class Layout(ABC):
     """The steps of the method for one way to hold the trained values.
 
@@ -74,6 +69,7 @@ class Layout(ABC):
         self.base = base
         self.draw = draw
         self.slots: dict[MixedTensor, Slot] = {}
+        self._is_apart = False
         # Buffers that are kept for speed and hold nothing between steps.
         self.workspace: dict[MixedTensor, Tensor] = {}
 
@@ -143,13 +139,21 @@ class Layout(ABC):
         (active,) = mixing.gather([tensor.view(tensor.param.grad)], [self.slot(tensor).index])
         return active * tensor.scale
 
+    def restore(self, slots: dict[MixedTensor, Slot]) -> None:
+        """Take the slots of a checkpoint."""
+        self.slots = slots
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """The base's state without the wrapper's entries, while the base or its state is worked on.
 
         Outside, ``state[param]["gmixout"]`` shows the slot: tools that walk an optimizer's state find all of it.
         """
+        if self._is_apart:
+            yield
+            return
         state = self.base.state
+        self._is_apart = True
         for tensor in self.slots:
             entry = state.get(tensor.param)
             if entry is not None:
@@ -159,6 +163,7 @@ class Layout(ABC):
         try:
             yield
         finally:
+            self._is_apart = False
             for tensor, slot in self.slots.items():
                 state[tensor.param][KEY] = {"value": slot.value, "anchor": slot.anchor}
 

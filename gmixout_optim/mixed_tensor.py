@@ -15,8 +15,12 @@ from gmixout_optim.index_sets import (
     active_cells,
     stratified_cells,
 )
+from gmixout_optim.mixing import elements
 
 Granularity = Literal["element", "row"] | int
+
+# Tensors of so few cells (biases, norms) take no memory to speak of.
+_FEW_CELLS = 1 << 14
 
 
 def cell_grid(shape: torch.Size, granularity: Granularity) -> tuple[int, int]:
@@ -109,7 +113,7 @@ class MixedTensor:
         """
         if self.param.is_contiguous():
             # torch's kernels want int64. It is kept where that takes no memory to speak of.
-            return cell.long() if self.width > 1 else cell
+            return cell.long() if self.width > 1 or self.cells <= _FEW_CELLS else cell
         element = self.elements(cell)
         offset = torch.zeros_like(element)
         for size, stride in zip(
@@ -121,8 +125,7 @@ class MixedTensor:
 
     def elements(self, cell: Tensor) -> Tensor:
         """The row-major indices (int64) of the elements of each cell, cell after cell."""
-        inside = torch.arange(self.width, device=cell.device)
-        return (cell.long()[:, None] * self.width + inside).flatten()
+        return elements(cell, self.width)
 
     def view(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as rows that :meth:`address` indexes.

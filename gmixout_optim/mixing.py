@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gmixout_optim.index_sets import Number, random_bits
+from gmixout_optim.rounding import NARROW, stochastic_round
+
 
 def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """The active cells of each view, packed, in the view's dtype."""
@@ -35,19 +38,45 @@ def gather_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
     """Write packed values (cast to the view's dtype) to the active cells of each view, in place."""
     for view, index, values in zip(views, indices, packed, strict=True):
-        cells = values.to(view.dtype)
+        cells = values if values.dtype == view.dtype else values.to(view.dtype)
         if view.ndim == 2:
-            cells = cells.view(-1, view.shape[1])
-            if view.is_cpu and _in_words(view) and _in_words(cells):
-                # On a CPU the copy takes time for each item, whatever its size.
+            width = view.shape[1]
+            cells = cells.view(-1, width)
+            # On a CPU the copy takes time for each item, whatever its size: rows of whole words go as words.
+            if view.is_cpu and width * view.element_size() % 8 == 0 and _aligned(view, cells):
                 view, cells = view.view(torch.float64), cells.view(torch.float64)
-        view.index_copy_(0, index.long(), cells)
+        view.index_copy_(0, index if index.dtype == torch.int64 else index.long(), cells)
 
 
-def _in_words(rows: Tensor) -> bool:
-    """Whether rows consist of whole, aligned words of 8 bytes."""
-    size = rows.element_size()
-    return rows.shape[1] * size % 8 == 0 and rows.storage_offset() * size % 8 == 0
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the tensors' data begin at a whole word of 8 bytes of their storage."""
+    return not any(tensor.storage_offset() * tensor.element_size() % 8 for tensor in tensors)
+
+
+def elements(index: Tensor, width: int) -> Tensor:
+    """The numbers (int64) of the elements of cells of ``width``, cell after cell."""
+    inside = torch.arange(width, device=index.device)
+    return (index.long()[:, None] * width + inside).flatten()
+
+
+def narrowed(
+    views: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    keys: Sequence[Number],
+) -> list[Tensor]:
+    """Packed values rounded stochastically to the dtype of each view, where that is below float32.
+
+    An element's random bits are a function of the tensor's key and of the element's place in the view.
+    """
+    return [
+        stochastic_round(
+            values, view.dtype, random_bits(key, elements(index, view.shape[1:].numel()))
+        )
+        if view.dtype in NARROW
+        else values
+        for view, index, values, key in zip(views, indices, packed, keys, strict=True)
+    ]
 
 
 def model_values(
@@ -82,20 +111,6 @@ def _moved(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
     if decay == 1:
         return anchor.clone()
     return torch.lerp(anchor, value, 1 - decay)
-
-
-def end_episode_(
-    views: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    decays: Sequence[float],
-) -> None:
-    """Move the packed anchors and write them to the active cells of the views: theta = A everywhere."""
-    for view, index, value, anchor, decay in zip(
-        views, indices, values, anchors, decays, strict=True
-    ):
-        scatter_([view], [index], [_moved(anchor, value, decay)])
 
 
 def begin_episode_(

@@ -17,10 +17,11 @@ from gmixout_optim import checkpoint, settings
 from gmixout_optim.bases import Closure, guard
 from gmixout_optim.dense import DenseLayout, PersistentLayout
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
-from gmixout_optim.index_sets import Sampler
+from gmixout_optim.index_sets import ROUNDING, Sampler, episode_key
 from gmixout_optim.layout import KEY, Layout, Slot
 from gmixout_optim.mixed_tensor import Granularity, MixedTensor
 from gmixout_optim.packed import PackedLayout
+from gmixout_optim.packed_gradient import is_packed_by_hook, leave_gradients_of, pack_gradients_of
 from gmixout_optim.param_groups import matches
 from gmixout_optim.report import Report, make_report
 
@@ -73,9 +74,16 @@ class GMixoutOptimizer(Optimizer):
         layout (str): ``"packed"``: the base works on vectors of the active values, right for element-wise
             optimizers; ``"dense"``: on the parameters themselves, right for all; ``"auto"``: packed for optimizers
             known to be element-wise (default: "auto")
+        grad_layout (str): ``"packed"``: as soon as backward has a mixed parameter's gradient, its active part is
+            packed and the rest is freed; ``param.grad`` is then a :class:`PackedGradient`, which can be accumulated,
+            scaled, clipped and zeroed, and refuses other operators. Needs the packed layout; not for
+            DistributedDataParallel. ``"dense"``: gradients stay as they are (default: "dense")
         carry_state (bool): keep the base's state of cells that stay active when the set is redrawn, instead of
             a fresh start for all (default: False)
-        seed (int): selects the index sets, in [0, 2**63) (default: 0)
+        stochastic_rounding (bool): write to bfloat16 and float16 parameters by stochastic instead of nearest
+            rounding, so that what is smaller than their spacing is not lost at an episode's end. Trained values,
+            anchors and the base's state are float32 either way. Needs the packed layout (default: False)
+        seed (int): selects the index sets and the random bits of rounding, in [0, 2**63) (default: 0)
         compile (bool, optional): run the packed step and the redraw as code fused by :func:`torch.compile`; None
             for on with CUDA parameters, off otherwise (default: None)
 
@@ -111,7 +119,9 @@ class GMixoutOptimizer(Optimizer):
         granularity: Granularity = "element",
         sampler: Sampler = "stratified",
         layout: settings.LayoutName = "auto",
+        grad_layout: settings.GradLayout = "dense",
         carry_state: bool = False,
+        stochastic_rounding: bool = False,
         seed: int = 0,
         compile: bool | None = None,
     ) -> None:
@@ -125,6 +135,7 @@ class GMixoutOptimizer(Optimizer):
             layout=layout,
             carry_state=carry_state,
             resample_every=resample_every,
+            stochastic_rounding=stochastic_rounding,
             seed=seed,
         )
         group_defaults = settings.check_group_keys(
@@ -144,6 +155,7 @@ class GMixoutOptimizer(Optimizer):
         self.run["layout"] = settings.resolve_layout(
             base, layout, residual, [tensor.param for tensor in mixed]
         )
+        self._packs_gradients = settings.check_needs_packed(base, self.run, grad_layout)
         self.layout = self._make_layout()
         warn_of_fresh_layers(mixed)
         self._adopt(base.param_groups, mixed)
@@ -224,6 +236,7 @@ class GMixoutOptimizer(Optimizer):
         only_makes_state = self._only_makes_state()
         with self._working_in_base():
             loss = self.layout.step(list(self.mixed.values()), closure)
+        self._pack_thawed()
         if only_makes_state:
             return loss
         self.run["steps_in_episode"] += 1
@@ -448,6 +461,8 @@ class GMixoutOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_resample_hooks": OrderedDict(), **state})
         guard(self.base)
+        for tensor in self.mixed.values():
+            self._handle_gradient(tensor)
 
     def slot_of(self, param: Tensor) -> Slot | None:
         """What the library keeps of a parameter in the running episode; None while it has never been trained."""
@@ -467,6 +482,9 @@ class GMixoutOptimizer(Optimizer):
     def _draw_previous(self, tensor: MixedTensor) -> Tensor:
         return tensor.draw(self.run["seed"], self.episode - 1, self.run["sampler"])
 
+    def _dither_key(self, tensor: MixedTensor) -> int:
+        return episode_key(self.run["seed"], tensor.number, self.episode, ROUNDING)
+
     def _next_episode(self, carry_state: bool) -> None:
         self.run["episode"] += 1
         self.run["steps_in_episode"] = 0
@@ -478,7 +496,8 @@ class GMixoutOptimizer(Optimizer):
         if self.run["layout"] == "dense":
             return DenseLayout(self.base, self._draw)
         static_shapes = self.run["sampler"] == "stratified"
-        return PackedLayout(self.base, self._draw, self._compile, static_shapes)
+        dither_key = self._dither_key if self.run["stochastic_rounding"] else None
+        return PackedLayout(self.base, self._draw, self._compile, static_shapes, dither_key)
 
     def _find_mixed(self, groups: Iterable[dict[str, Any]], first_number: int) -> list[MixedTensor]:
         """The parameters of the groups that are mixed, checked; nothing is changed."""
@@ -527,6 +546,21 @@ class GMixoutOptimizer(Optimizer):
             for tensor in mixed:
                 self.mixed[tensor.param] = tensor
                 self.layout.take_over(tensor)
+                self._handle_gradient(tensor)
+
+    def _handle_gradient(self, tensor: MixedTensor) -> None:
+        """Pack the parameter's gradients in backward, or leave them; what is frozen can be asked when it is not."""
+        if not (self._packs_gradients and isinstance(self.layout, PackedLayout)):
+            leave_gradients_of(tensor.param)
+        elif tensor.param.requires_grad:
+            pack_gradients_of(tensor.param, tensor, self.layout)
+
+    def _pack_thawed(self) -> None:
+        """Parameters that were frozen when they were wrapped come with a dense gradient once."""
+        if self._packs_gradients:
+            for tensor in self.mixed.values():
+                if type(tensor.param.grad) is Tensor and not is_packed_by_hook(tensor.param):
+                    self._handle_gradient(tensor)
 
     def _check_known(self, param: Tensor) -> None:
         if not isinstance(param, Tensor):

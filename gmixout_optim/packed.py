@@ -30,10 +30,10 @@ from gmixout_optim.layout import (
     columns,
     fitting,
     form_of,
-    gradients,
     placement_of,
 )
 from gmixout_optim.mixed_tensor import MixedTensor
+from gmixout_optim.packed_gradient import PackedGradient
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,13 +46,30 @@ class PackedLayout(Layout):
 
     ``value`` and ``anchor`` are vectors of the active cells' elements in row-major order, in at least float32. Off
     the active cells the model's own weights are the anchor.
+
+    Args:
+        base: the wrapped optimizer.
+        draw: gives the active cells.
+        compile: the user's ``compile``.
+        static_shapes: whether index sets keep their sizes when they are redrawn.
+        dither_key: of a tensor in the running episode, where parameters below float32 are rounded stochastically.
+            A weight keeps its random bits within the episode: rounding is monotone then, so that what is rounded of
+            the anchor's step lies between the old anchor and the live weight as the step itself does.
     """
 
     def __init__(
-        self, base: Optimizer, draw: Draw, compile: bool | None, static_shapes: bool
+        self,
+        base: Optimizer,
+        draw: Draw,
+        compile: bool | None,
+        static_shapes: bool,
+        dither_key: Callable[[MixedTensor], int] | None,
     ) -> None:
         super().__init__(base, draw)
-        self.compiler = Compiler(base, compile, static_shapes)
+        self.compiler = Compiler(base, compile, static_shapes, dither_key)
+        self.dither_key = dither_key
+        # Counts episodes here, to know a packed gradient of another. Never saved: nor are gradients.
+        self.episode_number = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "workspace": {}}
@@ -74,6 +91,8 @@ class PackedLayout(Layout):
         learning = [tensor for tensor in mixed if tensor.param.grad is not None]
         for tensor in learning:
             check_gradient(tensor)
+            if isinstance(tensor.param.grad, PackedGradient):
+                tensor.param.grad.used_by(self)
         trained = [(tensor, self.slot(tensor)) for tensor in learning]
         compiled, eager = self.compiler.split_step(trained)
         self._eager_step(eager, hidden={tensor.param for tensor, _ in compiled})
@@ -89,10 +108,11 @@ class PackedLayout(Layout):
 
     def end_episode(self) -> None:
         # Not compiled, also where the step is: eval_weights() shows these anchors to the last bit.
-        rows = list(self.open_slots())
-        mixing.end_episode_(*columns(rows), [tensor.anchor_decay for tensor, _ in rows])
+        for tensor, slot in self.open_slots():
+            self.show(tensor, slot, self.deployed(tensor, slot))
 
     def begin_episode(self, previous: Draw, carry_state: bool) -> None:
+        self.episode_number += 1
         compiled, eager = self.compiler.split(list(self.open_slots()))
         for tensor, slot in compiled:
             self._redraw(tensor, slot, self.draw(tensor, draw()), previous, carry_state)
@@ -122,13 +142,14 @@ class PackedLayout(Layout):
         """Nothing to do: an episode begins from the weights in the model."""
 
     def deployed(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        (moved,) = mixing.moved_anchors([slot.anchor], [slot.value], [tensor.anchor_decay])
-        return moved
+        moved = mixing.moved_anchors([slot.anchor], [slot.value], [tensor.anchor_decay])
+        (rounded,) = self._rounded([(tensor, slot)], moved)
+        return rounded
 
     def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
         into = tensor.param if into is None else into
         theta = mixing.model_values([slot.anchor], [slot.value], [tensor.scale])
-        mixing.scatter_([tensor.view(into)], [slot.index], theta)
+        mixing.scatter_([tensor.view(into)], [slot.index], self._rounded([(tensor, slot)], theta))
 
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         dense = tensor.copy_of(tensor.param)
@@ -151,6 +172,25 @@ class PackedLayout(Layout):
             form_of(tensor.param),
         )
 
+    def restore(self, slots: dict[MixedTensor, Slot]) -> None:
+        super().restore(slots)
+        self.episode_number += 1
+
+    def packed_from(self, tensor: MixedTensor, grad: Tensor) -> Tensor:
+        """The active part of a dense gradient, in its dtype, in the running episode."""
+        with torch.no_grad():
+            if tensor not in self.slots:
+                with self.apart():
+                    self.slot(tensor)
+            (values,) = mixing.gather([tensor.view(grad)], [self.slot(tensor).index])
+        return values
+
+    def used_gradient(self, tensor: MixedTensor) -> Tensor:
+        grad = tensor.param.grad
+        if isinstance(grad, PackedGradient):
+            return grad.used_by(self) * tensor.scale
+        return super().used_gradient(tensor)
+
     def take_over(self, tensor: MixedTensor) -> None:
         if self.base.state.get(tensor.param):
             self.slot(tensor)
@@ -171,17 +211,38 @@ class PackedLayout(Layout):
         """Gather, step, scatter, the base working on the packed values with their gradients in buffers."""
         views, indices, values, anchors = columns(rows)
         scales = [tensor.scale for tensor, _ in rows]
-        with self._lend(rows, hidden):
-            packed = [value.grad for value in values if value.grad is not None]
-            mixing.gather_(gradients(rows), indices, packed)
-            for grad, scale in zip(packed, scales, strict=True):
-                if scale != 1:
-                    grad.mul_(scale)
+        grads = self._gradients_of_values(rows)
+        with self._lend(rows, grads, hidden):
             enter_step(self.base)
-            mixing.scatter_(views, indices, mixing.model_values(anchors, values, scales))
+            theta = mixing.model_values(anchors, values, scales)
+            mixing.scatter_(views, indices, self._rounded(rows, theta))
+
+    def _gradients_of_values(self, rows: list[Row]) -> list[Tensor]:
+        """Packed, in the dtype of the values: in buffers, or those that backward has packed, themselves."""
+        packed = []
+        for tensor, slot in rows:
+            grad = tensor.param.grad
+            assert grad is not None
+            if isinstance(grad, PackedGradient):
+                own = grad.used_by(self).to(slot.value.dtype)
+                packed.append(own if tensor.scale == 1 else own * tensor.scale)
+            else:
+                buffer = self._gradient_buffer(tensor, slot)
+                mixing.gather_([tensor.view(grad)], [slot.index], [buffer])
+                packed.append(buffer if tensor.scale == 1 else buffer.mul_(tensor.scale))
+        return packed
+
+    def _rounded(self, rows: list[Row], packed: list[Tensor]) -> list[Tensor]:
+        """Packed values as they are to be written, where the nearest numbers are not what is wanted."""
+        if self.dither_key is None:
+            return packed
+        views, indices, _, _ = columns(rows)
+        return mixing.narrowed(
+            views, indices, packed, [self.dither_key(tensor) for tensor, _ in rows]
+        )
 
     @contextmanager
-    def _lend(self, trained: list[Row], hidden: set[Tensor]) -> Iterator[None]:
+    def _lend(self, trained: list[Row], grads: list[Tensor], hidden: set[Tensor]) -> Iterator[None]:
         """The base sees packed vectors in its groups and as keys of its state, in place of the parameters.
 
         ``hidden`` parameters it does not see. Outside this block both are the user's: groups hold the model's parameters and state is keyed by them.
@@ -192,8 +253,8 @@ class PackedLayout(Layout):
         groups = [(group, group["params"]) for group in base.param_groups]
         state = base.state
         try:
-            for tensor, slot in trained:
-                slot.value.grad = self._gradient_buffer(tensor, slot)
+            for (_, slot), grad in zip(trained, grads, strict=True):
+                slot.value.grad = grad
             for group, params in groups:
                 group["params"] = [
                     lent.get(param, param) for param in params if param not in hidden

@@ -18,9 +18,10 @@ from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
 
 Residual = Literal["episodic", "persistent"]
 LayoutName = Literal["auto", "packed", "dense"]
+GradLayout = Literal["dense", "packed"]
 
 # Of the state dict's format.
-VERSION = 1
+VERSION = 2
 
 
 def check_mask_prob(value: Any) -> float:
@@ -116,6 +117,7 @@ def check_run(
     layout: Any,
     carry_state: Any,
     resample_every: Any,
+    stochastic_rounding: Any,
     seed: Any,
 ) -> dict[str, Any]:
     """The settings of the whole run and how far it is: shared by all groups, and in every state dict."""
@@ -128,6 +130,7 @@ def check_run(
         "layout": _check_choice("layout", layout, get_args(LayoutName)),
         "carry_state": check_flag("carry_state", carry_state),
         "resample_every": check_resample_every(resample_every),
+        "stochastic_rounding": check_flag("stochastic_rounding", stochastic_rounding),
         "seed": check_seed(seed),
         "episode": 0,
         "steps_in_episode": 0,
@@ -230,6 +233,29 @@ def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[
     if layout == "auto":
         return "packed" if kind in ELEMENTWISE and not has_complex else "dense"
     return layout
+
+
+def check_needs_packed(base: Optimizer, run: dict[str, Any], grad_layout: Any) -> bool:
+    """Whether gradients are packed; raise where what was asked for is not to be had in a dense layout."""
+    packed = _check_choice("grad_layout", grad_layout, get_args(GradLayout)) == "packed"
+    if run["layout"] == "packed":
+        return packed
+    reason = (
+        "residual='persistent' works on whole tensors"
+        if run["residual"] == "persistent"
+        else f"base={type(base).__name__} works on whole tensors here (layout='dense')"
+    )
+    if packed:
+        raise ValueError(
+            f"grad_layout='packed' needs layout='packed': {reason}, and so it needs whole gradients; use "
+            "grad_layout='dense'"
+        )
+    if run["stochastic_rounding"]:
+        raise ValueError(
+            f"stochastic_rounding=True needs layout='packed': {reason}, in the parameters' own dtype, and there is "
+            "nothing to round; use stochastic_rounding=False"
+        )
+    return packed
 
 
 def check_parameter(name: str, param: Tensor, granularity: Granularity) -> None:

@@ -311,7 +311,7 @@ def test_other_words_give_another_set(
 
 def test_the_generator_is_splitmix64() -> None:
     """The published output of splitmix64.c for seed 1234567: its n-th number is that of counter n, from 1."""
-    words = index_sets._bits(1234567, torch.arange(1, 6)).tolist()
+    words = index_sets.random_bits(1234567, torch.arange(1, 6)).tolist()
     assert [word % TWO_64 for word in words] == [
         6457827717110365317,
         3203168211198807973,
@@ -323,7 +323,7 @@ def test_the_generator_is_splitmix64() -> None:
 
 @given(st.integers(-(2**63), 2**63 - 1), st.lists(st.integers(0, 2**31), min_size=1))
 def test_bits_against_the_reference(key: int, places: list[int]) -> None:
-    words = index_sets._bits(key, torch.tensor(places)).tolist()
+    words = index_sets.random_bits(key, torch.tensor(places)).tolist()
     assert [word % TWO_64 for word in words] == [ref_bits(key, place) for place in places]
 
 
@@ -812,7 +812,7 @@ def test_the_rotation_is_uniform_and_independent_from_episode_to_episode(cells: 
 
 
 def stream(words: Words, counter: Tensor) -> Tensor:
-    return index_sets._bits(episode_key(*words), counter)
+    return index_sets.random_bits(episode_key(*words), counter)
 
 
 def streams(words: Callable[[int], Words]) -> Tensor:
@@ -845,7 +845,7 @@ def by_turns(i: int) -> Words:
 RANDOM_WORDS: dict[str, Callable[[], Tensor]] = {
     "consecutive counters": lambda: stream((0, 0, 0), torch.arange(1 << 18)),
     "counters 8192 apart": lambda: stream((0, 0, 0), torch.arange(1 << 18) << 13),
-    "key 0": lambda: index_sets._bits(0, torch.arange(1, 1 << 18)),
+    "key 0": lambda: index_sets.random_bits(0, torch.arange(1, 1 << 18)),
 } | {
     f"{make.__name__} {words.__name__}": lambda make=make, words=words: make(words)
     for make in (streams, keys)

@@ -1,0 +1,45 @@
+"""Stochastic rounding to parameters below float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# How many of float32's mantissa bits the narrower types lack, where both are normal numbers.
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+
+NARROW = tuple(_DROPPED_BITS)
+
+# Below its smallest normal number, 2**-14, float16 has a fixed spacing of 2**-24; bfloat16's are float32's.
+_HALF_NORMAL = 2.0**-14
+_HALF_SPACING_BITS = 24
+_FRACTION_BITS = 20
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """Round to one of the two neighbours in ``dtype``, up with the probability that makes the mean exact.
+
+    A value between neighbours a < b becomes b with probability (value - a) / (b - a) over uniform ``random``; what
+    ``dtype`` can hold stays itself. For given bits it is monotone: a larger value is never rounded lower.
+    (Gupta et al. 2015, arXiv 1502.02551, section 3.1.)
+
+    Args:
+        values: float32.
+        dtype: torch.bfloat16 or torch.float16.
+        random: 32 random bits for each value, in an integer tensor of the same shape (higher bits do not matter).
+
+    Returns:
+        a tensor of ``dtype``. nan and infinities stay; values beyond the largest finite one round to it or to infinity.
+    """
+    dropped = _DROPPED_BITS[dtype]
+    mask = (1 << dropped) - 1
+    # The bits of a float are its magnitude in order: adding to them carries into the next number away from zero.
+    bits = values.view(torch.int32) + (random & mask).to(torch.int32)
+    rounded = (bits & ~mask).view(torch.float32)
+    if dtype == torch.float16:
+        size = values.abs()
+        fixed = (size.clamp(max=_HALF_NORMAL) * 2.0 ** (_HALF_SPACING_BITS + _FRACTION_BITS)).long()
+        fixed = (fixed + (random & ((1 << _FRACTION_BITS) - 1))) >> _FRACTION_BITS
+        small = (fixed.to(torch.float32) * 2.0**-_HALF_SPACING_BITS).copysign(values)
+        rounded = torch.where(size < _HALF_NORMAL, small, rounded)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)
