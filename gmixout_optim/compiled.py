@@ -2,31 +2,27 @@
 
 Tensors go through compiled code a few at a time, those that are alike together: a model repeats its blocks, so few
 kernels serve all of it, and what was compiled for one optimizer serves the next. Each batch is gathered, stepped and
-scattered in one graph; its packed gradients are never written to memory.
+written in one graph; its packed gradients are never written to memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache, lru_cache
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import keeps_state, resets_in_place, step_is_its_own
-from gmixout_optim.index_sets import stratified_cells
+from gmixout_optim.bases import resets_in_place
+from gmixout_optim.batched import BatchedStep, forms, packed_step, split, without_optimizer
+from gmixout_optim.index_sets import Number, stratified_cells
 from gmixout_optim.layout import Row, columns
-from gmixout_optim.mixed_tensor import MixedTensor
-from gmixout_optim.packed_gradient import PackedGradient
-from gmixout_optim.rounding import NARROW
 
 # Compiling takes time for every tensor in a graph, calling it hardly any.
 BATCH = 6
@@ -36,64 +32,45 @@ class Compiler:
     """Decides which tensors' steps and redraws run compiled, and runs these.
 
     Args:
-        base: the wrapped optimizer.
+        batched: the step that is compiled.
         wanted: the user's ``compile``.
         static_shapes: whether index sets keep their sizes when they are redrawn.
-        dither_key: of a tensor in the running episode, where weights are rounded stochastically.
     """
 
-    def __init__(
-        self,
-        base: Optimizer,
-        wanted: bool | None,
-        static_shapes: bool,
-        dither_key: Callable[[MixedTensor], int] | None,
-    ) -> None:
-        self.base = base
+    def __init__(self, batched: BatchedStep, wanted: bool | None, static_shapes: bool) -> None:
+        self.batched = batched
+        self.base = batched.base
         self.wanted = wanted
         self.static_shapes = static_shapes
-        self.dither_key = dither_key
-        # By the number of the group: its lr as compiled code takes it, and the other options in the last step.
-        self._lrs: dict[int, Tensor] = {}
-        self._last_options: dict[int, Hashable] = {}
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
         if self.wanted is False or not self.static_shapes or not resets_in_place(self.base):
             return [], rows
-        return _split(rows, self._wants)
+        return split(rows, self._wants)
 
     def split_step(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        """The rows to step compiled, and the others.
-
-        A base with hooks of its own steps eagerly, because they may look at the packed gradients; so does a
-        tensor without state, which the base has to make, and a group whose options are not those of the step
-        before: a momentum that follows a schedule would compile in every step.
-        """
+        """Of rows that can be stepped in batches those to step compiled, and the others."""
         wanted, others = self.split(rows)
-        if not wanted or not step_is_its_own(self.base):
-            return [], rows
-        groups = enumerate(self.base.param_groups)
-        settled = {id(group) for number, group in groups if self._is_settled(number, group)}
-        ready, unready = _split(
-            wanted, lambda row: id(row[0].group) in settled and self._is_ready(row)
+        # Compiled, A + s * (phi - A) may round differently than where eval() and train() compute it.
+        ready, unready = split(
+            wanted, lambda row: row[0].scale == 1 and not _lr_is_zero(row[0].group)
         )
         return ready, unready + others
 
     def step(self, rows: list[Row]) -> list[Row]:
-        """Gather, step, scatter. Returns the rows that could not be compiled, as they were."""
-        plain = _without_optimizer(cast(Hashable, type(self.base)))
+        """Gather, step, write. Returns the rows that could not be compiled, as they were."""
         failed: list[Row] = []
-        for number, group in enumerate(self.base.param_groups):
-            own = [row for row in rows if row[0].group is group]
-            if not own:
-                continue
-            options = self._options(number, group)
-            grads = [_gradient_of(tensor) for tensor, _ in own]
-            states = [self.base.state[tensor.param] for tensor, _ in own]
-            views, indices, values, _ = columns(own)
-            dithers = [self._dither(tensor) for tensor, _ in own]
-            made_for = (plain, self._last_options[number])
+        plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
+        for group, own in self.batched.by_group(rows):
+            options = self._options(group)
+            columns = self.batched.columns(own)
+            # A number would compile again in every episode.
+            dithers: list[Number | None] = [
+                key if key is None else torch.tensor(key) for key in columns.dithers
+            ]
+            columns = columns._replace(dithers=dithers)
+            made_for = (plain, forms(options))
             keys = [
                 (
                     made_for,
@@ -101,15 +78,15 @@ class Compiler:
                     grad.dtype,
                     grad.stride(),
                     packed,
-                    dither is None,
                     tuple(state),
+                    dither is None,
                 )
-                for row, (grad, packed), dither, state in zip(
-                    own, grads, dithers, states, strict=True
+                for row, (grad, packed), state, dither in zip(
+                    own, columns.grads, columns.states, columns.dithers, strict=True
                 )
             ]
             for key, places in _batches(keys):
-                batch = _pick(places, views, indices, values, grads, dithers, states)
+                batch = _pick(places, *columns)
                 try:
                     _kernel(packed_step, (key, len(places)))(*batch, plain=plain, options=options)
                 except TorchDynamoException as error:
@@ -124,12 +101,6 @@ class Compiler:
             kernel = _kernel(mixing.begin_episode_, (key, len(places)))
             kernel(*_pick(places, views, indices, values, anchors))
 
-    def _dither(self, tensor: MixedTensor) -> Tensor | None:
-        """The key of a tensor's rounding as compiled code takes it: a number would compile again in every episode."""
-        if self.dither_key is None or tensor.param.dtype not in NARROW:
-            return None
-        return torch.tensor(self.dither_key(tensor))
-
     def _wants(self, row: Row) -> bool:
         tensor, _ = row
         if tensor.param.is_cuda:
@@ -137,23 +108,7 @@ class Compiler:
         # On a CPU torch's own kernels move wide cells faster than compiled code does.
         return bool(self.wanted) and tensor.width == 1
 
-    def _is_ready(self, row: Row) -> bool:
-        tensor, _ = row
-        has_state = bool(self.base.state.get(tensor.param))
-        # Compiled, A + s * (phi - A) may round differently than where eval() and train() compute it.
-        return tensor.scale == 1 and (has_state or not keeps_state(self.base, tensor.group))
-
-    def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
-        options = _forms(self._options(number, group))
-        before = self._last_options.get(number, options)
-        self._last_options[number] = options
-        # What torch compiles for Adam divides by the learning rate.
-        lr_is_zero = (
-            not (isinstance(group["lr"], Tensor) and group["lr"].is_cuda) and group["lr"] == 0
-        )
-        return options == before and not lr_is_zero
-
-    def _options(self, number: int, group: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group's options as compiled code takes them.
 
         They choose the plain form of the step (a fused or foreach one cannot be fused with gather and scatter)
@@ -164,8 +119,7 @@ class Compiler:
         chosen = {"fused": False, "foreach": False, "capturable": True}
         options.update({key: value for key, value in chosen.items() if key in options})
         if not isinstance(options["lr"], Tensor):
-            lr = self._lrs.setdefault(number, torch.zeros((), dtype=torch.float64))
-            options["lr"] = lr.fill_(options["lr"])
+            options["lr"] = torch.tensor(options["lr"], dtype=torch.float64)
         return options
 
     def _give_up(self, error: Exception) -> None:
@@ -189,74 +143,16 @@ def draw() -> Callable[..., Tensor]:
     return torch.compile(stratified_cells, dynamic=True)
 
 
-def packed_step(
-    views: list[Tensor],
-    indices: list[Tensor],
-    values: list[Tensor],
-    grads: list[tuple[Tensor, bool]],
-    dithers: list[Tensor | None],
-    states: list[dict[str, Any]],
-    *,
-    plain: type,
-    options: dict[str, Any],
-) -> None:
-    """Gather the active gradients, step the base on the packed values, scatter these.
-
-    Tensors as in :mod:`gmixout_optim.mixing`, gradients with a flag: whether they are packed already; ``dithers``
-    are the keys of :func:`gmixout_optim.mixing.narrowed`, ``plain`` is :func:`_without_optimizer` of the base's
-    class, ``options`` are those of the parameter group and ``states`` what the base keeps for each value.
-    """
-    for value, index, (grad, packed) in zip(values, indices, grads, strict=True):
-        active = grad if packed else mixing.gather([grad], [index])[0]
-        value.grad = active.to(value.dtype)
-    base: Any = object.__new__(plain)
-    base.param_groups = [{**options, "params": values}]
-    base.state = dict(zip(values, states, strict=True))
-    base.step()
-    keys = [dither for dither in dithers if dither is not None]
-    mixing.scatter_(
-        views, indices, mixing.narrowed(views, indices, values, keys) if keys else values
-    )
-    for value in values:
-        value.grad = None
-
-
-@cache
-def _without_optimizer(base: Any) -> type:
-    """A plain class with the methods of an optimizer's class.
-
-    Of an optimizer the compiler takes gradients and state as given before the graph; here gradients come into being
-    inside it. Methods come without what torch wraps around them, which would break the graph.
-    """
-    methods: dict[str, Any] = {}
-    for parent in reversed(base.__mro__[:-1]):
-        for name, item in vars(parent).items():
-            if inspect.isfunction(item) and not name.startswith("__"):
-                methods[name] = inspect.unwrap(item)
-    return type(base.__name__, (), methods)
-
-
-def _gradient_of(tensor: MixedTensor) -> tuple[Tensor, bool]:
-    """The gradient as :mod:`gmixout_optim.mixing` takes it, and whether it is packed."""
-    grad = tensor.param.grad
-    assert grad is not None
-    if isinstance(grad, PackedGradient):
-        return grad.active, True
-    return tensor.view(grad), False
+def _lr_is_zero(group: dict[str, Any]) -> bool:
+    """Whether code would divide by zero: what torch compiles for Adam divides by the learning rate."""
+    lr = group["lr"]
+    return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)
 
 
 def _form_of(row: Row) -> Hashable:
     """What compiled code depends on of a tensor and its slot."""
     tensor, slot = row
     return tensor.width, slot.form, slot.placement, slot.value.shape, slot.index.dtype
-
-
-def _forms(items: dict[str, Any]) -> Hashable:
-    """What compiled code depends on of a base's options: a number among them is part of the code."""
-    return tuple(
-        (key, (item.shape, item.dtype, item.device) if isinstance(item, Tensor) else repr(item))
-        for key, item in items.items()
-    )
 
 
 def _batches(keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
@@ -278,11 +174,3 @@ def _kernel(function: Any, key: Hashable) -> Callable[..., None]:
     # torch counts recompilations by code object and gives up after a few: every key has its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, dynamic=False, fullgraph=True)
-
-
-def _split(rows: list[Row], condition: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
-    yes: list[Row] = []
-    no: list[Row] = []
-    for row in rows:
-        (yes if condition(row) else no).append(row)
-    return yes, no

@@ -70,8 +70,6 @@ class Layout(ABC):
         self.draw = draw
         self.slots: dict[MixedTensor, Slot] = {}
         self._is_apart = False
-        # Buffers that are kept for speed and hold nothing between steps.
-        self.workspace: dict[MixedTensor, Tensor] = {}
 
     @abstractmethod
     def open(self, tensor: MixedTensor) -> Slot:

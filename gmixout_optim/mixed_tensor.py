@@ -136,7 +136,7 @@ class MixedTensor:
         if torch.is_grad_enabled():
             tensor = tensor.detach()
         if self.param.is_contiguous():
-            return tensor.reshape(-1 if self.width == 1 else (self.cells, self.width))
+            return tensor.reshape(-1) if self.width == 1 else tensor.reshape(self.cells, self.width)
         if tensor.stride() != self.param.stride():
             tensor = self.copy_of(tensor)
         return tensor.as_strided((self._extent(),), (1,))

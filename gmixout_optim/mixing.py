@@ -14,6 +14,9 @@ from torch import Tensor
 from gmixout_optim.index_sets import Number, random_bits
 from gmixout_optim.rounding import NARROW, stochastic_round
 
+# From here on a kernel's speed counts for more than its call's.
+_MANY_CELLS = 1 << 9
+
 
 def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """The active cells of each view, packed, in the view's dtype."""
@@ -24,15 +27,14 @@ def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def gather_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
-    """:func:`gather` into given vectors, in their dtype."""
-    for view, index, into in zip(views, indices, packed, strict=True):
-        if view.dtype != into.dtype:
-            into.copy_(gather([view], [index])[0])
-        elif view.ndim == 1:
-            torch.take(view, index.long(), out=into)
-        else:
-            torch.index_select(view, 0, index, out=into.view(-1, view.shape[1]))
+def gather_gradient(view: Tensor, index: Tensor) -> Tensor:
+    """:func:`gather` of one gradient. The sign of a zero may be lost."""
+    few = index.shape[0] < _MANY_CELLS
+    if few or not view.is_cpu or view.ndim == 1 or view.dtype != torch.float32:
+        return gather([view], [index])[0]
+    # Sums of bags of one cell: of torch's kernels the one that fetches ahead, 1.5 times as fast for blocks of 16.
+    bags = torch.arange(index.shape[0], dtype=index.dtype)
+    return torch.embedding_bag(view, index, bags)[0].flatten()
 
 
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
@@ -63,18 +65,20 @@ def narrowed(
     views: Sequence[Tensor],
     indices: Sequence[Tensor],
     packed: Sequence[Tensor],
-    keys: Sequence[Number],
+    keys: Sequence[Number | None],
 ) -> list[Tensor]:
-    """Packed values rounded stochastically to the dtype of each view, where that is below float32.
+    """Packed values rounded stochastically to the dtype of each view, where that is below float32 and there is a key.
 
-    An element's random bits are a function of the tensor's key and of the element's place in the view.
+    An element's random bits are a function of its tensor's key and of its place in the view.
     """
     return [
-        stochastic_round(
-            values, view.dtype, random_bits(key, elements(index, view.shape[1:].numel()))
+        values
+        if key is None or view.dtype not in NARROW
+        else stochastic_round(
+            values,
+            view.dtype,
+            random_bits(key, elements(index, 1 if view.ndim == 1 else view.shape[1])),
         )
-        if view.dtype in NARROW
-        else values
         for view, index, values, key in zip(views, indices, packed, keys, strict=True)
     ]
 

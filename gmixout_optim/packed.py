@@ -20,6 +20,7 @@ from gmixout_optim.bases import (
     per_cell_state,
     renew_state,
 )
+from gmixout_optim.batched import BatchedStep, used_gradients, write
 from gmixout_optim.compiled import Compiler, draw
 from gmixout_optim.layout import (
     Draw,
@@ -66,13 +67,11 @@ class PackedLayout(Layout):
         dither_key: Callable[[MixedTensor], int] | None,
     ) -> None:
         super().__init__(base, draw)
-        self.compiler = Compiler(base, compile, static_shapes, dither_key)
         self.dither_key = dither_key
+        self.batched = BatchedStep(base, dither_key)
+        self.compiler = Compiler(self.batched, compile, static_shapes)
         # Counts episodes here, to know a packed gradient of another. Never saved: nor are gradients.
         self.episode_number = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "workspace": {}}
 
     def open(self, tensor: MixedTensor) -> Slot:
         index = tensor.address(self.draw(tensor))
@@ -92,18 +91,21 @@ class PackedLayout(Layout):
         for tensor in learning:
             check_gradient(tensor)
             if isinstance(tensor.param.grad, PackedGradient):
-                tensor.param.grad.used_by(self)
+                tensor.param.grad.check_owner(self)
         trained = [(tensor, self.slot(tensor)) for tensor in learning]
-        compiled, eager = self.compiler.split_step(trained)
-        self._eager_step(eager, hidden={tensor.param for tensor, _ in compiled})
-        for tensor, _ in compiled:
-            self.workspace.pop(tensor, None)
-        failed = self.compiler.step(compiled)
-        if failed:
-            unfinished = {tensor.param for tensor, _ in failed}
-            groups = self.base.param_groups
-            all_params = {param for group in groups for param in group["params"]}
-            self._eager_step(failed, hidden=all_params - unfinished)
+        ready, lent = self.batched.split(trained)
+        compiled, eager = self.compiler.split_step(ready)
+        try:
+            self._step_lent(lent, hidden={tensor.param for tensor, _ in ready})
+            self.batched.step(eager)
+            self.batched.step(self.compiler.step(compiled))
+        except BaseException:
+            # What the model holds is what was trained, where nothing was lost to rescaling or to a narrower dtype.
+            for tensor, slot in trained:
+                slot.value.grad = None
+                if tensor.scale == 1 and tensor.param.dtype == slot.value.dtype:
+                    slot.value.copy_(self.live(tensor, slot))
+            raise
         return loss
 
     def end_episode(self) -> None:
@@ -142,14 +144,13 @@ class PackedLayout(Layout):
         """Nothing to do: an episode begins from the weights in the model."""
 
     def deployed(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        moved = mixing.moved_anchors([slot.anchor], [slot.value], [tensor.anchor_decay])
-        (rounded,) = self._rounded([(tensor, slot)], moved)
-        return rounded
+        (moved,) = mixing.moved_anchors([slot.anchor], [slot.value], [tensor.anchor_decay])
+        return self._rounded(tensor, slot, moved)
 
     def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
         into = tensor.param if into is None else into
-        theta = mixing.model_values([slot.anchor], [slot.value], [tensor.scale])
-        mixing.scatter_([tensor.view(into)], [slot.index], self._rounded([(tensor, slot)], theta))
+        (theta,) = mixing.model_values([slot.anchor], [slot.value], [tensor.scale])
+        mixing.scatter_([tensor.view(into)], [slot.index], [self._rounded(tensor, slot, theta)])
 
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         dense = tensor.copy_of(tensor.param)
@@ -182,13 +183,13 @@ class PackedLayout(Layout):
             if tensor not in self.slots:
                 with self.apart():
                     self.slot(tensor)
-            (values,) = mixing.gather([tensor.view(grad)], [self.slot(tensor).index])
-        return values
+            return mixing.gather_gradient(tensor.view(grad), self.slot(tensor).index)
 
     def used_gradient(self, tensor: MixedTensor) -> Tensor:
         grad = tensor.param.grad
         if isinstance(grad, PackedGradient):
-            return grad.used_by(self) * tensor.scale
+            grad.check_owner(self)
+            return grad.current() * tensor.scale
         return super().used_gradient(tensor)
 
     def take_over(self, tensor: MixedTensor) -> None:
@@ -207,39 +208,18 @@ class PackedLayout(Layout):
         for key in per_cell_state(state, tensor.param.shape):
             state[key] = _gather(tensor, state[key], slot.index)
 
-    def _eager_step(self, rows: list[Row], hidden: set[Tensor]) -> None:
-        """Gather, step, scatter, the base working on the packed values with their gradients in buffers."""
-        views, indices, values, anchors = columns(rows)
-        scales = [tensor.scale for tensor, _ in rows]
-        grads = self._gradients_of_values(rows)
-        with self._lend(rows, grads, hidden):
+    def _step_lent(self, rows: list[Row], hidden: set[Tensor]) -> None:
+        """The base steps on packed values in place of the parameters, and on what is not mixed."""
+        views, indices, values, anchors, grads, scales, dithers, _ = self.batched.columns(rows)
+        with self._lend(rows, used_gradients(indices, values, grads, scales), hidden):
             enter_step(self.base)
-            theta = mixing.model_values(anchors, values, scales)
-            mixing.scatter_(views, indices, self._rounded(rows, theta))
+        write(views, indices, values, anchors, scales, dithers)
 
-    def _gradients_of_values(self, rows: list[Row]) -> list[Tensor]:
-        """Packed, in the dtype of the values: in buffers, or those that backward has packed, themselves."""
-        packed = []
-        for tensor, slot in rows:
-            grad = tensor.param.grad
-            assert grad is not None
-            if isinstance(grad, PackedGradient):
-                own = grad.used_by(self).to(slot.value.dtype)
-                packed.append(own if tensor.scale == 1 else own * tensor.scale)
-            else:
-                buffer = self._gradient_buffer(tensor, slot)
-                mixing.gather_([tensor.view(grad)], [slot.index], [buffer])
-                packed.append(buffer if tensor.scale == 1 else buffer.mul_(tensor.scale))
-        return packed
-
-    def _rounded(self, rows: list[Row], packed: list[Tensor]) -> list[Tensor]:
+    def _rounded(self, tensor: MixedTensor, slot: Slot, packed: Tensor) -> Tensor:
         """Packed values as they are to be written, where the nearest numbers are not what is wanted."""
-        if self.dither_key is None:
-            return packed
-        views, indices, _, _ = columns(rows)
-        return mixing.narrowed(
-            views, indices, packed, [self.dither_key(tensor) for tensor, _ in rows]
-        )
+        key = self.dither_key and self.dither_key(tensor)
+        (rounded,) = mixing.narrowed([tensor.view(tensor.param)], [slot.index], [packed], [key])
+        return rounded
 
     @contextmanager
     def _lend(self, trained: list[Row], grads: list[Tensor], hidden: set[Tensor]) -> Iterator[None]:
@@ -263,13 +243,6 @@ class PackedLayout(Layout):
                 dict, {lent.get(key, key): value for key, value in state.items()}
             )
             yield
-        except BaseException:
-            # The model has not been written to. What it holds is what was trained, where nothing was lost to
-            # rescaling or to a narrower dtype.
-            for tensor, slot in trained:
-                if tensor.scale == 1 and tensor.param.dtype == slot.value.dtype:
-                    slot.value.copy_(self.live(tensor, slot))
-            raise
         finally:
             returned = {owner.get(key, key): value for key, value in base.state.items()}
             base.state = state
@@ -279,15 +252,6 @@ class PackedLayout(Layout):
                 group["params"] = params
             for value in owner:
                 value.grad = None
-
-    def _gradient_buffer(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        """Room for a packed gradient. On a CPU it is kept: memory fresh from the system costs more than the gather."""
-        buffer = self.workspace.get(tensor)
-        if buffer is None or buffer.shape != slot.value.shape or buffer.device != slot.value.device:
-            buffer = torch.empty_like(slot.value)
-            if buffer.device.type == "cpu":
-                self.workspace[tensor] = buffer
-        return buffer
 
 
 def _gather(tensor: MixedTensor, dense: Tensor, index: Tensor) -> Tensor:

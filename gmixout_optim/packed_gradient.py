@@ -82,7 +82,7 @@ class PackedGradient(Tensor):
         """A plain copy of the parameter's shape, zero off the active weights."""
         tensor, layout = self._owner()
         dense = tensor.copy_of(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
-        mixing.scatter_([tensor.view(dense)], [layout.slot(tensor).index], [self.used_by(layout)])
+        mixing.scatter_([tensor.view(dense)], [layout.slot(tensor).index], [self.current()])
         return dense
 
     def _owner(self) -> tuple[MixedTensor, PackedLayout]:
@@ -91,13 +91,17 @@ class PackedGradient(Tensor):
             raise RuntimeError("the optimizer that packed this gradient is gone: call zero_grad()")
         return tensor, layout
 
-    def used_by(self, layout: PackedLayout) -> Tensor:
-        """The values for a step in the running episode; a RuntimeError where they were packed for another."""
-        tensor, own_layout = self._owner()
-        if own_layout is not layout:
+    def check_owner(self, layout: PackedLayout) -> None:
+        """Raise where another optimizer packed the gradient, or this one in another episode."""
+        if self._owner()[1] is not layout:
             raise RuntimeError(
                 "a gradient was packed by another GMixoutOptimizer, which has the same parameter: use one of them"
             )
+        self.current()
+
+    def current(self) -> Tensor:
+        """The values for a step in the running episode; a RuntimeError where they were packed for another."""
+        tensor, layout = self._owner()
         if self.episode_number is None:
             return torch.zeros_like(layout.slot(tensor).value, dtype=self.dtype)
         if self.episode_number != layout.episode_number:
@@ -164,7 +168,7 @@ class PackedGradient(Tensor):
         if self.episode_number is None:
             self.active, self.episode_number = more, layout.episode_number
         else:
-            self.used_by(layout).add_(more)
+            self.current().add_(more)
         return self
 
 

@@ -36,7 +36,6 @@ class TensorReport:
             were changed from outside: call ``resync()``, or the next step undoes it.
         state_bytes: bytes of the base's state.
         value_bytes, anchor_bytes, index_bytes: bytes of the trained values, the anchor and the index set.
-        workspace_bytes: bytes of buffers that are kept for speed and hold nothing between steps.
     """
 
     name: str
@@ -53,11 +52,10 @@ class TensorReport:
     value_bytes: int
     anchor_bytes: int
     index_bytes: int
-    workspace_bytes: int
 
     @property
     def bytes(self) -> int:
-        """All that has to be kept: everything but the workspace."""
+        """All that is kept between steps beside the weights and their gradients."""
         return self.state_bytes + self.value_bytes + self.anchor_bytes + self.index_bytes
 
 
@@ -78,7 +76,7 @@ class Report:
         return asdict(self)
 
     def total(self, part: str) -> int:
-        """Sum over tensors of one of the ``*_bytes``, or of ``"bytes"``, all but the workspace."""
+        """Sum over tensors of one of the ``*_bytes``, or of ``"bytes"``, all of them."""
         return sum(getattr(tensor, part) for tensor in self.tensors)
 
     def __str__(self) -> str:
@@ -106,7 +104,7 @@ class Report:
                 f"{part} {self.total(part + '_bytes'):,}"
                 for part in ("state", "value", "anchor", "index")
             )
-            + f"; workspace {self.total('workspace_bytes'):,}; without it {self.total('bytes') / max(1, weights):.2f} per weight",
+            + f"; {self.total('bytes') / max(1, weights):.2f} per weight",
         ]
         return "\n".join(lines)
 
@@ -179,7 +177,6 @@ def _tensor_report(
         value_bytes=_bytes_of(slot and slot.value),
         anchor_bytes=_bytes_of(slot and slot.anchor),
         index_bytes=_bytes_of(slot and slot.index),
-        workspace_bytes=_bytes_of(tensor and optimizer.layout.workspace.get(tensor)),
     )
 
 
