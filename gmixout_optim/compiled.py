@@ -24,8 +24,10 @@ from gmixout_optim.batched import BatchedStep, forms, packed_step, split, withou
 from gmixout_optim.index_sets import Number, stratified_cells
 from gmixout_optim.layout import Row, columns
 
-# Compiling takes time for every tensor in a graph, calling it hardly any.
-BATCH = 6
+# Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the tensors of a graph
+# share theirs.
+_CPU_BATCH = 6
+_GPU_BATCH = 32
 
 
 class Compiler:
@@ -61,19 +63,17 @@ class Compiler:
     def step(self, rows: list[Row]) -> list[Row]:
         """Gather, step, write. Returns the rows that could not be compiled, as they were."""
         failed: list[Row] = []
+        _bring_steps(rows, self.base.state)
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
         for group, own in self.batched.by_group(rows):
-            options = self._options(group)
             columns = self.batched.columns(own)
             # A number would compile again in every episode.
             dithers: list[Number | None] = [
                 key if key is None else torch.tensor(key) for key in columns.dithers
             ]
             columns = columns._replace(dithers=dithers)
-            made_for = (plain, forms(options))
             keys = [
                 (
-                    made_for,
                     _form_of(row),
                     grad.dtype,
                     grad.stride(),
@@ -85,10 +85,12 @@ class Compiler:
                     own, columns.grads, columns.states, columns.dithers, strict=True
                 )
             ]
-            for key, places in _batches(keys):
+            for key, places in _batches(own, keys):
                 batch = _pick(places, *columns)
+                options = self._options(group, foreach=is_launched(own[places[0]][0].param))
+                made_for = (plain, forms(options), key, len(places))
                 try:
-                    _kernel(packed_step, (key, len(places)))(*batch, plain=plain, options=options)
+                    _kernel(packed_step, made_for)(*batch, plain=plain, options=options)
                 except TorchDynamoException as error:
                     failed += [own[place] for place in places]
                     self._give_up(error)
@@ -97,7 +99,7 @@ class Compiler:
     def begin_episode(self, rows: list[Row]) -> None:
         views, indices, values, anchors = columns(rows)
         keys = [_form_of(row) for row in rows]
-        for key, places in _batches(keys):
+        for key, places in _batches(rows, keys):
             kernel = _kernel(mixing.begin_episode_, (key, len(places)))
             kernel(*_pick(places, views, indices, values, anchors))
 
@@ -108,15 +110,15 @@ class Compiler:
         # On a CPU torch's own kernels move wide cells faster than compiled code does.
         return bool(self.wanted) and tensor.width == 1
 
-    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, group: dict[str, Any], foreach: bool) -> dict[str, Any]:
         """A group's options as compiled code takes them.
 
-        They choose the plain form of the step (a fused or foreach one cannot be fused with gather and scatter)
-        without branches on values. A float lr goes into a tensor: as a number it would compile again with every
-        change.
+        They choose a form of the step without branches on values, which can be fused with gather and scatter: the
+        plain one, or that for all tensors at once, of which the compiler makes few kernels. A float lr goes into a
+        tensor: as a number it would compile again with every change.
         """
         options = {key: group[key] for key in self.base.defaults}
-        chosen = {"fused": False, "foreach": False, "capturable": True}
+        chosen = {"fused": False, "foreach": foreach, "capturable": True}
         options.update({key: value for key, value in chosen.items() if key in options})
         if not isinstance(options["lr"], Tensor):
             options["lr"] = torch.tensor(options["lr"], dtype=torch.float64)
@@ -155,13 +157,29 @@ def _form_of(row: Row) -> Hashable:
     return tensor.width, slot.form, slot.placement, slot.value.shape, slot.index.dtype
 
 
-def _batches(keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
+def _bring_steps(rows: list[Row], state: Any) -> None:
+    """Step counts to the parameters' devices: compiled code must not wait for the host's."""
+    for tensor, _ in rows:
+        entry = state[tensor.param]
+        step = entry.get("step")
+        if isinstance(step, Tensor) and step.device != tensor.param.device:
+            entry["step"] = step.to(tensor.param.device, non_blocking=True)
+
+
+def is_launched(tensor: Tensor) -> bool:
+    """Whether kernels on the tensor are launched on a device, each in time of its own."""
+    return tensor.device.type != "cpu"
+
+
+def _batches(rows: Sequence[Row], keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
+    """The places of rows that are alike, so many at a time that one graph is to serve them."""
     alike: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         alike.setdefault(key, []).append(place)
     for key, places in alike.items():
-        for start in range(0, len(places), BATCH):
-            yield key, places[start : start + BATCH]
+        size = _GPU_BATCH if is_launched(rows[places[0]][0].param) else _CPU_BATCH
+        for start in range(0, len(places), size):
+            yield key, places[start : start + size]
 
 
 def _pick(places: list[int], *columns: list[Any]) -> list[list[Any]]:

@@ -208,8 +208,10 @@ def active_cells(
     first, count = _strata_in_range(strata, key, rotation, start, stop)
     numbers = (key, first, rotation, strata.cells, strata.size, strata.step, strata.shift)
     if kernel is not stratified_cells:
-        on_device = torch.tensor(numbers, device=device).unbind()
-        return kernel(torch.arange(count, device=device), *on_device)
+        order = torch.arange(count, device=device)
+        # From pinned memory the numbers reach a GPU without the host waiting for it.
+        on_host = torch.tensor(numbers, pin_memory=order.is_cuda)
+        return kernel(order, *on_host.to(order.device, non_blocking=True).unbind())
     pieces = [stratified_cells(order, *numbers) for order in _chunks(0, count, device)]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=device)
 

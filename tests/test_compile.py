@@ -305,6 +305,38 @@ def test_anchor_decay_that_changes_compiles_nothing() -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in ELEMENTWISE if c.name in ("SGD-momentum", "AdamW", "RAdam")], ids=repr
+)
+def test_the_form_for_all_tensors_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU compiles, on a CPU: large batches, and the base's foreach form."""
+    monkeypatch.setattr("gmixout_optim.compiled.is_launched", lambda tensor: True)
+    eager, _, _ = run(case, compile=False)
+    compiled, _, graphs = run(case, compile=True)
+    assert graphs[3:] == [graphs[3]] * len(graphs[3:])
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_in_steps_and_few_kernels() -> None:
+    params = [nn.Parameter(torch.randn(64, 32).cuda()) for _ in range(64)]
+    optimizer = adamw(params, True)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    for _ in range(8):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+        for _ in range(7):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    assert len(kernels) < len(params)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=repr)
 def test_compiled_on_cuda(case: Case) -> None:
