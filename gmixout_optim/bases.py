@@ -74,9 +74,13 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
         _entered.discard(id(base))
     for post_hook in base._optimizer_step_post_hooks.values():
         post_hook(base, args, kwargs)
-    # A scheduler that was built on the base looks here for a step before its own.
-    base._opt_called = True  # type: ignore[attr-defined]
+    mark_stepped(base)
     return loss
+
+
+def mark_stepped(base: Optimizer) -> None:
+    """A scheduler that was built on the base looks here for a step before its own."""
+    base._opt_called = True  # type: ignore[attr-defined]
 
 
 def guard(base: Optimizer) -> None:

@@ -47,7 +47,8 @@ class Compiler:
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
-        if self.wanted is False or not self.static_shapes or not resets_in_place(self.base):
+        wanted = torch.cuda.is_available() if self.wanted is None else self.wanted
+        if not wanted or not self.static_shapes or not resets_in_place(self.base):
             return [], rows
         return split(rows, self._wants)
 

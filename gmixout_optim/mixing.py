@@ -20,21 +20,22 @@ _MANY_CELLS = 1 << 9
 
 def gather(views: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
     """The active cells of each view, packed, in the view's dtype."""
-    return [
-        # take is the fastest gather of single elements on a CPU, index_select of rows; both differ by 2x.
-        view.take(index.long()) if view.ndim == 1 else view.index_select(0, index).flatten()
-        for view, index in zip(views, indices, strict=True)
-    ]
+    return [gather_one(view, index) for view, index in zip(views, indices, strict=True)]
+
+
+def gather_one(view: Tensor, index: Tensor) -> Tensor:
+    # take is the fastest gather of single elements on a CPU, index_select of rows; both differ by 2x.
+    return view.take(index.long()) if view.ndim == 1 else view.index_select(0, index).view(-1)
 
 
 def gather_gradient(view: Tensor, index: Tensor) -> Tensor:
     """:func:`gather` of one gradient. The sign of a zero may be lost."""
     few = index.shape[0] < _MANY_CELLS
-    if few or not view.is_cpu or view.ndim == 1 or view.dtype != torch.float32:
-        return gather([view], [index])[0]
+    if few or view.ndim == 1 or view.dtype != torch.float32 or not view.is_cpu:
+        return gather_one(view, index)
     # Sums of bags of one cell: of torch's kernels the one that fetches ahead, 1.5 times as fast for blocks of 16.
     bags = torch.arange(index.shape[0], dtype=index.dtype)
-    return torch.embedding_bag(view, index, bags)[0].flatten()
+    return torch.embedding_bag(view, index, bags)[0].view(-1)
 
 
 def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
@@ -45,14 +46,20 @@ def scatter_(views: Sequence[Tensor], indices: Sequence[Tensor], packed: Sequenc
             width = view.shape[1]
             cells = cells.view(-1, width)
             # On a CPU the copy takes time for each item, whatever its size: rows of whole words go as words.
-            if view.is_cpu and width * view.element_size() % 8 == 0 and _aligned(view, cells):
+            if (
+                index.shape[0] >= _MANY_CELLS
+                and view.is_cpu
+                and _in_words(view)
+                and _in_words(cells)
+            ):
                 view, cells = view.view(torch.float64), cells.view(torch.float64)
         view.index_copy_(0, index if index.dtype == torch.int64 else index.long(), cells)
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether the tensors' data begin at a whole word of 8 bytes of their storage."""
-    return not any(tensor.storage_offset() * tensor.element_size() % 8 for tensor in tensors)
+def _in_words(rows: Tensor) -> bool:
+    """Whether rows consist of whole, aligned words of 8 bytes."""
+    in_word = 8 // rows.element_size()
+    return rows.shape[1] % in_word == rows.storage_offset() % in_word == 0
 
 
 def elements(index: Tensor, width: int) -> Tensor:

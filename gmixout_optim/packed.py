@@ -17,6 +17,7 @@ from gmixout_optim.bases import (
     Closure,
     enter_step,
     fill_,
+    mark_stepped,
     per_cell_state,
     renew_state,
 )
@@ -95,8 +96,11 @@ class PackedLayout(Layout):
         trained = [(tensor, self.slot(tensor)) for tensor in learning]
         ready, lent = self.batched.split(trained)
         compiled, eager = self.compiler.split_step(ready)
+        hidden = {tensor.param for tensor, _ in ready}
         try:
-            self._step_lent(lent, hidden={tensor.param for tensor, _ in ready})
+            if lent or not ready or self._has_unmixed_gradients(hidden):
+                self._step_lent(lent, hidden)
+            mark_stepped(self.base)
             self.batched.step(eager)
             self.batched.step(self.compiler.step(compiled))
         except BaseException:
@@ -208,6 +212,13 @@ class PackedLayout(Layout):
         for key in per_cell_state(state, tensor.param.shape):
             state[key] = _gather(tensor, state[key], slot.index)
 
+    def _has_unmixed_gradients(self, mixed: set[Tensor]) -> bool:
+        return any(
+            param.grad is not None and param not in mixed
+            for group in self.base.param_groups
+            for param in group["params"]
+        )
+
     def _step_lent(self, rows: list[Row], hidden: set[Tensor]) -> None:
         """The base steps on packed values in place of the parameters, and on what is not mixed."""
         views, indices, values, anchors, grads, scales, dithers, _ = self.batched.columns(rows)
@@ -239,15 +250,17 @@ class PackedLayout(Layout):
                 group["params"] = [
                     lent.get(param, param) for param in params if param not in hidden
                 ]
-            base.state = defaultdict(
-                dict, {lent.get(key, key): value for key, value in state.items()}
-            )
+            if lent:
+                base.state = defaultdict(
+                    dict, {lent.get(key, key): value for key, value in state.items()}
+                )
             yield
         finally:
-            returned = {owner.get(key, key): value for key, value in base.state.items()}
-            base.state = state
-            state.clear()
-            state.update(returned)
+            if lent:
+                returned = {owner.get(key, key): value for key, value in base.state.items()}
+                base.state = state
+                state.clear()
+                state.update(returned)
             for group, params in groups:
                 group["params"] = params
             for value in owner:
