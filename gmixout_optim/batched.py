@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import ELEMENTWISE, keeps_state, step_is_its_own
-from gmixout_optim.index_sets import Number
-from gmixout_optim.layout import Row
+from gmixout_optim.layout import Draws, Row
 from gmixout_optim.mixed_tensor import MixedTensor
 from gmixout_optim.packed_gradient import PackedGradient
+from gmixout_optim.rounding import Dither
 
 # Bytes of packed gradients in a batch on a CPU: between what the caches hold and what a call of the base takes.
 _CPU_BATCH = 1 << 21
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
     Attributes:
         grads: gradients with a flag: whether they are packed already.
         scales: s of each.
-        dithers: keys of :func:`gmixout_optim.mixing.narrowed`.
+        dithers: of :func:`gmixout_optim.mixing.narrowed`.
         states: what the base keeps for each value.
     """
 
@@ -40,7 +40,7 @@ class Columns(NamedTuple):
     anchors: list[Tensor]
     grads: list[tuple[Tensor, bool]]
     scales: list[float]
-    dithers: list[Number | None]
+    dithers: list[Dither | None]
     states: list[dict[str, Any]]
 
 
@@ -49,12 +49,12 @@ class BatchedStep:
 
     Args:
         base: the wrapped optimizer.
-        dither_key: of a tensor in the running episode, where weights are rounded stochastically.
+        draws: what is random.
     """
 
-    def __init__(self, base: Optimizer, dither_key: Callable[[MixedTensor], int] | None) -> None:
+    def __init__(self, base: Optimizer, draws: Draws) -> None:
         self.base = base
-        self.dither_key = dither_key
+        self.draws = draws
         # By the number of the group: its options in the last step.
         self._last_options: dict[int, Hashable] = {}
 
@@ -91,7 +91,7 @@ class BatchedStep:
                 yield group, own[id(group)]
 
     def columns(self, rows: list[Row]) -> Columns:
-        state, key = self.base.state, self.dither_key
+        state = self.base.state
         return Columns(
             views=[tensor.view(tensor.param) for tensor, _ in rows],
             indices=[slot.index for _, slot in rows],
@@ -99,7 +99,7 @@ class BatchedStep:
             anchors=[slot.anchor for _, slot in rows],
             grads=[_gradient_of(tensor) for tensor, _ in rows],
             scales=[tensor.scale for tensor, _ in rows],
-            dithers=[key and key(tensor) for tensor, _ in rows],
+            dithers=[self.draws.dither(tensor) for tensor, _ in rows],
             states=[state[tensor.param] for tensor, _ in rows],
         )
 
@@ -107,11 +107,21 @@ class BatchedStep:
         return bool(self.base.state.get(tensor.param)) or not keeps_state(self.base, tensor.group)
 
     def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
-        options = forms({key: group[key] for key in self.base.defaults if key != "lr"})
-        options = (type(group["lr"]), options)
-        before = self._last_options.get(number, options)
-        self._last_options[number] = options
-        return options == before
+        kinds = _kind({key: group[key] for key in self.base.defaults})
+        before = self._last_options.get(number, kinds)
+        self._last_options[number] = kinds
+        return kinds == before
+
+
+def _kind(option: Any) -> Hashable:
+    """What a base can refuse an option for: numbers may follow a schedule."""
+    if isinstance(option, dict):
+        return tuple((key, _kind(item)) for key, item in option.items())
+    if isinstance(option, list | tuple):
+        return tuple(_kind(item) for item in option)
+    if isinstance(option, Tensor):
+        return option.shape, option.dtype, option.device
+    return float if type(option) in (int, float) else repr(option)
 
 
 def packed_step(
@@ -121,7 +131,7 @@ def packed_step(
     anchors: list[Tensor],
     grads: list[tuple[Tensor, bool]],
     scales: list[float],
-    dithers: list[Number | None],
+    dithers: list[Dither | None],
     states: list[dict[str, Any]],
     *,
     plain: type,
@@ -163,7 +173,7 @@ def write(
     values: list[Tensor],
     anchors: list[Tensor],
     scales: list[float],
-    dithers: list[Number | None],
+    dithers: list[Dither | None],
 ) -> None:
     """Make the model compute with what was trained."""
     theta = mixing.model_values(anchors, values, scales)
@@ -184,14 +194,6 @@ def without_optimizer(base: Any) -> type:
             if inspect.isfunction(item) and not name.startswith("__"):
                 methods[name] = inspect.unwrap(item)
     return type(base.__name__, (), methods)
-
-
-def forms(items: dict[str, Any]) -> Hashable:
-    """What a step's code depends on of a base's options: all but the values in tensors."""
-    return tuple(
-        (key, (item.shape, item.dtype, item.device) if isinstance(item, Tensor) else repr(item))
-        for key, item in items.items()
-    )
 
 
 def split(rows: list[Row], condition: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:

@@ -20,8 +20,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import resets_in_place
-from gmixout_optim.batched import BatchedStep, forms, packed_step, split, without_optimizer
-from gmixout_optim.index_sets import Number, stratified_cells
+from gmixout_optim.batched import BatchedStep, packed_step, split, without_optimizer
+from gmixout_optim.index_sets import stratified_cells
 from gmixout_optim.layout import Row, columns
 
 # Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the tensors of a graph
@@ -44,6 +44,8 @@ class Compiler:
         self.base = batched.base
         self.wanted = wanted
         self.static_shapes = static_shapes
+        # By the number of the group: its options in the last step, without lr.
+        self._last_options: dict[int, Hashable] = {}
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
@@ -53,11 +55,22 @@ class Compiler:
         return split(rows, self._wants)
 
     def split_step(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        """Of rows that can be stepped in batches those to step compiled, and the others."""
+        """Of rows that can be stepped in batches those to step compiled, and the others.
+
+        A group whose options are not those of the step before steps eagerly: a momentum that follows a schedule would
+        compile in every step.
+        """
         wanted, others = self.split(rows)
+        if not wanted:
+            return [], rows
+        settled = {
+            id(group)
+            for number, group in enumerate(self.base.param_groups)
+            if self._is_settled(number, group)
+        }
         # Compiled, A + s * (phi - A) may round differently than where eval() and train() compute it.
         ready, unready = split(
-            wanted, lambda row: row[0].scale == 1 and not _lr_is_zero(row[0].group)
+            wanted, lambda row: row[0].scale == 1 and id(row[0].group) in settled
         )
         return ready, unready + others
 
@@ -69,8 +82,9 @@ class Compiler:
         for group, own in self.batched.by_group(rows):
             columns = self.batched.columns(own)
             # A number would compile again in every episode.
-            dithers: list[Number | None] = [
-                key if key is None else torch.tensor(key) for key in columns.dithers
+            dithers = [
+                dither and dither._replace(key=torch.tensor(dither.key))
+                for dither in columns.dithers
             ]
             columns = columns._replace(dithers=dithers)
             keys = [
@@ -89,7 +103,7 @@ class Compiler:
             for key, places in _batches(own, keys):
                 batch = _pick(places, *columns)
                 options = self._options(group, foreach=is_launched(own[places[0]][0].param))
-                made_for = (plain, forms(options), key, len(places))
+                made_for = (plain, _forms(options), key, len(places))
                 try:
                     _kernel(packed_step, made_for)(*batch, plain=plain, options=options)
                 except TorchDynamoException as error:
@@ -110,6 +124,12 @@ class Compiler:
             return _compiles_on_cuda() if self.wanted is None else bool(self.wanted)
         # On a CPU torch's own kernels move wide cells faster than compiled code does.
         return bool(self.wanted) and tensor.width == 1
+
+    def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
+        options = _forms({key: group[key] for key in self.base.defaults if key != "lr"})
+        before = self._last_options.get(number, options)
+        self._last_options[number] = options
+        return options == before and not _lr_is_zero(group)
 
     def _options(self, group: dict[str, Any], foreach: bool) -> dict[str, Any]:
         """A group's options as compiled code takes them.
@@ -144,6 +164,17 @@ def _compiles_on_cuda() -> bool:
 def draw() -> Callable[..., Tensor]:
     """The compiled form of the stratified sampler, one for all shapes."""
     return torch.compile(stratified_cells, dynamic=True)
+
+
+def _forms(options: Any) -> Hashable:
+    """What compiled code depends on of options: a number among them is part of the code."""
+    if isinstance(options, dict):
+        return tuple((key, _forms(option)) for key, option in options.items())
+    if isinstance(options, list | tuple):
+        return tuple(_forms(option) for option in options)
+    if isinstance(options, Tensor):
+        return options.shape, options.dtype, options.device
+    return repr(options)
 
 
 def _lr_is_zero(group: dict[str, Any]) -> bool:

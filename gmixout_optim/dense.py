@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import Closure, enter_step, fill_, renew_state
-from gmixout_optim.layout import Draw, Layout, Slot, check_gradient, fitting, form_of, placement_of
+from gmixout_optim.layout import Layout, Slot, check_gradient, fitting, form_of, placement_of
 from gmixout_optim.mixed_tensor import MixedTensor
 
 
@@ -102,7 +102,7 @@ class DenseLayout(_WholeParameters):
     """
 
     def open(self, tensor: MixedTensor) -> Slot:
-        index = tensor.address(self.draw(tensor))
+        index = tensor.address(self.draws.cells(tensor))
         (value,) = mixing.gather([tensor.view(tensor.param)], [index])
         return Slot(
             index,
@@ -118,13 +118,13 @@ class DenseLayout(_WholeParameters):
             mixing.scatter_([tensor.view(slot.anchor)], [slot.index], [moved])
             self.show(tensor, slot, moved)
 
-    def begin_episode(self, previous: Draw, carry_state: bool) -> None:
+    def begin_episode(self, carry_state: bool) -> None:
         for tensor, slot in self.open_slots():
-            cell = self.draw(tensor)
+            cell = self.draws.cells(tensor)
             slot.index = tensor.address(cell)
             slot.value = self.live(tensor, slot)
             keep = (
-                tensor.mask(cell) & tensor.mask(previous(tensor))
+                tensor.mask(cell) & tensor.mask(self.draws.previous_cells(tensor))
                 if carry_state
                 else torch.zeros((), dtype=torch.bool, device=tensor.param.device)
             )
@@ -190,7 +190,7 @@ class PersistentLayout(_WholeParameters):
 
     def open(self, tensor: MixedTensor) -> Slot:
         anchor = tensor.param.detach().clone()
-        index = tensor.address(self.draw(tensor))
+        index = tensor.address(self.draws.cells(tensor))
         return Slot(
             index, anchor.clone(), anchor, placement_of(tensor.param), form_of(tensor.param)
         )
@@ -201,9 +201,9 @@ class PersistentLayout(_WholeParameters):
                 [slot.anchor], [slot.value], [tensor.anchor_decay]
             )
 
-    def begin_episode(self, previous: Draw, carry_state: bool) -> None:
+    def begin_episode(self, carry_state: bool) -> None:
         for tensor, slot in self.open_slots():
-            slot.index = tensor.address(self.draw(tensor))
+            slot.index = tensor.address(self.draws.cells(tensor))
             self.write_theta(tensor, slot)
 
     def reanchor(self) -> None:

@@ -14,14 +14,41 @@ from torch.optim import Optimizer
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import Closure
+from gmixout_optim.index_sets import ROUNDING, episode_key
 from gmixout_optim.mixed_tensor import MixedTensor
+from gmixout_optim.rounding import NARROW, Dither
 
 # Where state and groups keep what is the wrapper's: tensors in the state and scalars in the groups, so that tools
 # which know torch's format (torch.distributed.checkpoint) keep them.
 KEY = "gmixout"
 
-# The active cells of a tensor in an episode; a second argument is a compiled form of the sampler.
-Draw = Callable[..., Tensor]
+
+class Draws:
+    """What is random in a run, by tensor: pure functions of its seed and its counters.
+
+    Args:
+        run: the run's settings and how far it is.
+    """
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        self.run = run
+
+    def cells(self, tensor: MixedTensor, *kernel: Callable[..., Tensor]) -> Tensor:
+        """The active cells in the running episode; ``kernel`` is a compiled form of the sampler."""
+        return self._cells(tensor, self.run["episode"], *kernel)
+
+    def previous_cells(self, tensor: MixedTensor) -> Tensor:
+        return self._cells(tensor, self.run["episode"] - 1)
+
+    def dither(self, tensor: MixedTensor) -> Dither | None:
+        """The random bits of a tensor's rounding in the running episode; None for rounding to nearest."""
+        if not self.run["stochastic_rounding"] or tensor.param.dtype not in NARROW:
+            return None
+        key = episode_key(self.run["seed"], tensor.number, self.run["episode"], ROUNDING)
+        return Dither(key, tuple(tensor.param.shape), tensor.param.stride(), tensor.width)
+
+    def _cells(self, tensor: MixedTensor, episode: int, *kernel: Callable[..., Tensor]) -> Tensor:
+        return tensor.draw(self.run["seed"], episode, self.run["sampler"], *kernel)
 
 
 @dataclass(eq=False)
@@ -65,9 +92,9 @@ class Layout(ABC):
     and there is nothing to keep.
     """
 
-    def __init__(self, base: Optimizer, draw: Draw) -> None:
+    def __init__(self, base: Optimizer, draws: Draws) -> None:
         self.base = base
-        self.draw = draw
+        self.draws = draws
         self.slots: dict[MixedTensor, Slot] = {}
         self._is_apart = False
 
@@ -84,8 +111,8 @@ class Layout(ABC):
         """Move the anchors toward the trained values."""
 
     @abstractmethod
-    def begin_episode(self, previous: Draw, carry_state: bool) -> None:
-        """Take the redrawn index sets into use, ``previous`` giving the ones before."""
+    def begin_episode(self, carry_state: bool) -> None:
+        """Take the redrawn index sets into use."""
 
     @abstractmethod
     def reanchor(self) -> None:
@@ -135,7 +162,7 @@ class Layout(ABC):
         check_gradient(tensor)
         assert tensor.param.grad is not None
         (active,) = mixing.gather([tensor.view(tensor.param.grad)], [self.slot(tensor).index])
-        return active * tensor.scale
+        return active if tensor.scale == 1 else active * tensor.scale
 
     def restore(self, slots: dict[MixedTensor, Slot]) -> None:
         """Take the slots of a checkpoint."""
@@ -187,7 +214,7 @@ class Layout(ABC):
         elif slot.placement != placement:
             slot = self.slots[tensor] = replace(
                 slot,
-                index=tensor.address(self.draw(tensor)),
+                index=tensor.address(self.draws.cells(tensor)),
                 value=_placed(tensor, slot.value),
                 anchor=_placed(tensor, slot.anchor),
                 placement=placement,

@@ -13,9 +13,9 @@ from gmixout_optim.index_sets import (
     MAX_CELLS,
     Sampler,
     active_cells,
+    elements,
     stratified_cells,
 )
-from gmixout_optim.mixing import elements
 
 Granularity = Literal["element", "row"] | int
 
@@ -126,6 +126,10 @@ class MixedTensor:
     def elements(self, cell: Tensor) -> Tensor:
         """The row-major indices (int64) of the elements of each cell, cell after cell."""
         return elements(cell, self.width)
+
+    def elements_at(self, index: Tensor) -> int:
+        """How many elements an index of :meth:`address` addresses."""
+        return index.shape[0] * (self.width if self.param.is_contiguous() else 1)
 
     def view(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape as rows that :meth:`address` indexes.

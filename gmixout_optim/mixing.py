@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmixout_optim.index_sets import Number, random_bits
-from gmixout_optim.rounding import NARROW, stochastic_round
+from gmixout_optim.index_sets import random_bits
+from gmixout_optim.rounding import Dither, stochastic_round
 
 # From here on a kernel's speed counts for more than its call's.
 _MANY_CELLS = 1 << 9
@@ -62,31 +62,18 @@ def _in_words(rows: Tensor) -> bool:
     return rows.shape[1] % in_word == rows.storage_offset() % in_word == 0
 
 
-def elements(index: Tensor, width: int) -> Tensor:
-    """The numbers (int64) of the elements of cells of ``width``, cell after cell."""
-    inside = torch.arange(width, device=index.device)
-    return (index.long()[:, None] * width + inside).flatten()
-
-
 def narrowed(
     views: Sequence[Tensor],
     indices: Sequence[Tensor],
     packed: Sequence[Tensor],
-    keys: Sequence[Number | None],
+    dithers: Sequence[Dither | None],
 ) -> list[Tensor]:
-    """Packed values rounded stochastically to the dtype of each view, where that is below float32 and there is a key.
-
-    An element's random bits are a function of its tensor's key and of its place in the view.
-    """
+    """Packed values rounded stochastically to the dtype of each view, where there is a dither."""
     return [
         values
-        if key is None or view.dtype not in NARROW
-        else stochastic_round(
-            values,
-            view.dtype,
-            random_bits(key, elements(index, 1 if view.ndim == 1 else view.shape[1])),
-        )
-        for view, index, values, key in zip(views, indices, packed, keys, strict=True)
+        if dither is None
+        else stochastic_round(values, view.dtype, random_bits(dither.key, dither.places(index)))
+        for view, index, values, dither in zip(views, indices, packed, dithers, strict=True)
     ]
 
 

@@ -17,11 +17,11 @@ from gmixout_optim import checkpoint, settings
 from gmixout_optim.bases import Closure, guard
 from gmixout_optim.dense import DenseLayout, PersistentLayout
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
-from gmixout_optim.index_sets import ROUNDING, Sampler, episode_key
-from gmixout_optim.layout import KEY, Layout, Slot
+from gmixout_optim.index_sets import Sampler
+from gmixout_optim.layout import KEY, Draws, Layout, Slot
 from gmixout_optim.mixed_tensor import Granularity, MixedTensor
 from gmixout_optim.packed import PackedLayout
-from gmixout_optim.packed_gradient import is_packed_by_hook, leave_gradients_of, pack_gradients_of
+from gmixout_optim.packed_gradient import leave_gradients_of, pack_gradients_of
 from gmixout_optim.param_groups import matches
 from gmixout_optim.report import Report, make_report
 
@@ -155,6 +155,8 @@ class GMixoutOptimizer(Optimizer):
         self.run["layout"] = settings.resolve_layout(
             base, layout, residual, [tensor.param for tensor in mixed]
         )
+        # Mixed tensors whose gradients are to be packed once there are any: frozen ones, and all after consolidate().
+        self._unpacked: set[MixedTensor] = set()
         self._packs_gradients = settings.check_needs_packed(base, self.run, grad_layout)
         self.layout = self._make_layout()
         warn_of_fresh_layers(mixed)
@@ -236,7 +238,7 @@ class GMixoutOptimizer(Optimizer):
         only_makes_state = self._only_makes_state()
         with self._working_in_base():
             loss = self.layout.step(list(self.mixed.values()), closure)
-        self._pack_thawed()
+        self._pack_again()
         if only_makes_state:
             return loss
         self.run["steps_in_episode"] += 1
@@ -281,6 +283,11 @@ class GMixoutOptimizer(Optimizer):
                 self.layout.show(tensor, slot, self.layout.deployed(tensor, slot))
         elif self.steps_in_episode > 0:
             self.resample()
+        if self._packs_gradients:
+            # Also the parameters are plain ones; a further step has them packed again.
+            for tensor in self.mixed.values():
+                leave_gradients_of(tensor.param)
+                self._unpacked.add(tensor)
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
@@ -344,7 +351,7 @@ class GMixoutOptimizer(Optimizer):
         tensor = self.mixed.get(param)
         if tensor is None:
             return torch.ones_like(param, dtype=torch.bool)
-        return tensor.mask(self._draw(tensor))
+        return tensor.mask(self.layout.draws.cells(tensor))
 
     @torch.no_grad()
     def anchor(self, param: Tensor) -> Tensor:
@@ -379,7 +386,8 @@ class GMixoutOptimizer(Optimizer):
         """Scale all gradients so that the norm of those that will be used is at most ``max_norm``.
 
         Used are the gradients of the active weights (times s with rescaling) and of parameters that are not
-        mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over all weights.
+        mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over all weights; of packed
+        gradients by that over the active ones, not times s.
 
         Returns:
             the norm before clipping, a tensor without dimensions.
@@ -394,7 +402,7 @@ class GMixoutOptimizer(Optimizer):
         for param in params:
             tensor = self.mixed.get(param)
             used.append(param.grad if tensor is None else self.layout.used_gradient(tensor))
-        norm = get_total_norm(used, norm_type)
+        norm = get_total_norm([grad for grad in used if grad.numel()], norm_type)
         clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
@@ -462,7 +470,8 @@ class GMixoutOptimizer(Optimizer):
         super().__setstate__({"_resample_hooks": OrderedDict(), **state})
         guard(self.base)
         for tensor in self.mixed.values():
-            self._handle_gradient(tensor)
+            if tensor not in self._unpacked:
+                self._handle_gradient(tensor)
 
     def slot_of(self, param: Tensor) -> Slot | None:
         """What the library keeps of a parameter in the running episode; None while it has never been trained."""
@@ -476,28 +485,19 @@ class GMixoutOptimizer(Optimizer):
         consolidated = self.run["residual"] == "persistent"
         return consolidated and torch.equal(tensor.param, self.layout.deployed(tensor, slot))
 
-    def _draw(self, tensor: MixedTensor, *kernel: Callable[..., Tensor]) -> Tensor:
-        return tensor.draw(self.run["seed"], self.episode, self.run["sampler"], *kernel)
-
-    def _draw_previous(self, tensor: MixedTensor) -> Tensor:
-        return tensor.draw(self.run["seed"], self.episode - 1, self.run["sampler"])
-
-    def _dither_key(self, tensor: MixedTensor) -> int:
-        return episode_key(self.run["seed"], tensor.number, self.episode, ROUNDING)
-
     def _next_episode(self, carry_state: bool) -> None:
         self.run["episode"] += 1
         self.run["steps_in_episode"] = 0
-        self.layout.begin_episode(self._draw_previous, carry_state)
+        self.layout.begin_episode(carry_state)
 
     def _make_layout(self) -> Layout:
+        draws = Draws(self.run)
         if self.run["residual"] == "persistent":
-            return PersistentLayout(self.base, self._draw)
+            return PersistentLayout(self.base, draws)
         if self.run["layout"] == "dense":
-            return DenseLayout(self.base, self._draw)
+            return DenseLayout(self.base, draws)
         static_shapes = self.run["sampler"] == "stratified"
-        dither_key = self._dither_key if self.run["stochastic_rounding"] else None
-        return PackedLayout(self.base, self._draw, self._compile, static_shapes, dither_key)
+        return PackedLayout(self.base, draws, self._compile, static_shapes)
 
     def _find_mixed(self, groups: Iterable[dict[str, Any]], first_number: int) -> list[MixedTensor]:
         """The parameters of the groups that are mixed, checked; nothing is changed."""
@@ -542,6 +542,8 @@ class GMixoutOptimizer(Optimizer):
         for group in groups:
             group.update(settings.check_group_keys({**self.defaults, **group}))
             group[KEY] = self.run
+            for param in group["params"]:
+                leave_gradients_of(param)
         with self.layout.apart():
             for tensor in mixed:
                 self.mixed[tensor.param] = tensor
@@ -549,18 +551,19 @@ class GMixoutOptimizer(Optimizer):
                 self._handle_gradient(tensor)
 
     def _handle_gradient(self, tensor: MixedTensor) -> None:
-        """Pack the parameter's gradients in backward, or leave them; what is frozen can be asked when it is not."""
-        if not (self._packs_gradients and isinstance(self.layout, PackedLayout)):
-            leave_gradients_of(tensor.param)
-        elif tensor.param.requires_grad:
-            pack_gradients_of(tensor.param, tensor, self.layout)
+        """Pack the parameter's gradients in backward, or leave them; only what is not frozen can be asked for them."""
+        leave_gradients_of(tensor.param)
+        if self._packs_gradients and isinstance(self.layout, PackedLayout):
+            if tensor.param.requires_grad:
+                pack_gradients_of(tensor.param, tensor, self.layout)
+                self._unpacked.discard(tensor)
+            else:
+                self._unpacked.add(tensor)
 
-    def _pack_thawed(self) -> None:
-        """Parameters that were frozen when they were wrapped come with a dense gradient once."""
-        if self._packs_gradients:
-            for tensor in self.mixed.values():
-                if type(tensor.param.grad) is Tensor and not is_packed_by_hook(tensor.param):
-                    self._handle_gradient(tensor)
+    def _pack_again(self) -> None:
+        """What was frozen when it was wrapped, and what goes on after consolidate(), comes with a dense gradient once."""
+        for tensor in [tensor for tensor in self._unpacked if tensor.param.grad is not None]:
+            self._handle_gradient(tensor)
 
     def _check_known(self, param: Tensor) -> None:
         if not isinstance(param, Tensor):

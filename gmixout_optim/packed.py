@@ -24,7 +24,7 @@ from gmixout_optim.bases import (
 from gmixout_optim.batched import BatchedStep, used_gradients, write
 from gmixout_optim.compiled import Compiler, draw
 from gmixout_optim.layout import (
-    Draw,
+    Draws,
     Layout,
     Row,
     Slot,
@@ -51,31 +51,29 @@ class PackedLayout(Layout):
 
     Args:
         base: the wrapped optimizer.
-        draw: gives the active cells.
+        draws: what is random.
         compile: the user's ``compile``.
         static_shapes: whether index sets keep their sizes when they are redrawn.
-        dither_key: of a tensor in the running episode, where parameters below float32 are rounded stochastically.
-            A weight keeps its random bits within the episode: rounding is monotone then, so that what is rounded of
-            the anchor's step lies between the old anchor and the live weight as the step itself does.
     """
 
     def __init__(
         self,
         base: Optimizer,
-        draw: Draw,
+        draws: Draws,
         compile: bool | None,
         static_shapes: bool,
-        dither_key: Callable[[MixedTensor], int] | None,
     ) -> None:
-        super().__init__(base, draw)
-        self.dither_key = dither_key
-        self.batched = BatchedStep(base, dither_key)
+        super().__init__(base, draws)
+        self.batched = BatchedStep(base, draws)
         self.compiler = Compiler(self.batched, compile, static_shapes)
         # Counts episodes here, to know a packed gradient of another. Never saved: nor are gradients.
         self.episode_number = 0
+        # Where cells lie of tensors that have packed gradients and no slot yet, for the running episode.
+        self._indices: dict[MixedTensor, Tensor] = {}
 
     def open(self, tensor: MixedTensor) -> Slot:
-        index = tensor.address(self.draw(tensor))
+        index = self.index_of(tensor)
+        self._indices.pop(tensor, None)
         anchor = _gather(tensor, tensor.param, index)
         slot = Slot(
             index, anchor.clone(), anchor, placement_of(tensor.param), form_of(tensor.param)
@@ -117,24 +115,22 @@ class PackedLayout(Layout):
         for tensor, slot in self.open_slots():
             self.show(tensor, slot, self.deployed(tensor, slot))
 
-    def begin_episode(self, previous: Draw, carry_state: bool) -> None:
-        self.episode_number += 1
+    def begin_episode(self, carry_state: bool) -> None:
+        self._forget_gradients()
         compiled, eager = self.compiler.split(list(self.open_slots()))
         for tensor, slot in compiled:
-            self._redraw(tensor, slot, self.draw(tensor, draw()), previous, carry_state)
+            self._redraw(tensor, slot, self.draws.cells(tensor, draw()), carry_state)
         for tensor, slot in eager:
-            self._redraw(tensor, slot, self.draw(tensor), previous, carry_state)
+            self._redraw(tensor, slot, self.draws.cells(tensor), carry_state)
         mixing.begin_episode_(*columns(eager))
         self.compiler.begin_episode(compiled)
 
-    def _redraw(
-        self, tensor: MixedTensor, slot: Slot, cell: Tensor, previous: Draw, carry_state: bool
-    ) -> None:
+    def _redraw(self, tensor: MixedTensor, slot: Slot, cell: Tensor, carry_state: bool) -> None:
         """Put new cells into use: the index set and room for the values in the slot, the base's state."""
         index = tensor.address(cell)
         shape = torch.Size([cell.shape[0] * tensor.width])
         if carry_state:
-            rebuild = _carrying(tensor, previous(tensor), cell, shape)
+            rebuild = _carrying(tensor, self.draws.previous_cells(tensor), cell, shape)
         else:
             rebuild = partial(_restarting, shape)
         renew_state(self.base, tensor.param, tensor.group, slot.value.shape, rebuild, carry_state)
@@ -179,21 +175,32 @@ class PackedLayout(Layout):
 
     def restore(self, slots: dict[MixedTensor, Slot]) -> None:
         super().restore(slots)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """What was packed so far is of another episode."""
         self.episode_number += 1
+        self._indices.clear()
+
+    def index_of(self, tensor: MixedTensor) -> Tensor:
+        """Where the active cells lie; of a tensor without slot too, of which nothing else is read."""
+        if tensor in self.slots:
+            return self.slot(tensor).index
+        index = self._indices.get(tensor)
+        if index is None or index.device != tensor.param.device:
+            index = self._indices[tensor] = tensor.address(self.draws.cells(tensor))
+        return index
 
     def packed_from(self, tensor: MixedTensor, grad: Tensor) -> Tensor:
         """The active part of a dense gradient, in its dtype, in the running episode."""
         with torch.no_grad():
-            if tensor not in self.slots:
-                with self.apart():
-                    self.slot(tensor)
-            return mixing.gather_gradient(tensor.view(grad), self.slot(tensor).index)
+            return mixing.gather_gradient(tensor.view(grad), self.index_of(tensor))
 
     def used_gradient(self, tensor: MixedTensor) -> Tensor:
         grad = tensor.param.grad
         if isinstance(grad, PackedGradient):
             grad.check_owner(self)
-            return grad.current() * tensor.scale
+            return grad.current() if tensor.scale == 1 else grad.current() * tensor.scale
         return super().used_gradient(tensor)
 
     def take_over(self, tensor: MixedTensor) -> None:
@@ -228,8 +235,8 @@ class PackedLayout(Layout):
 
     def _rounded(self, tensor: MixedTensor, slot: Slot, packed: Tensor) -> Tensor:
         """Packed values as they are to be written, where the nearest numbers are not what is wanted."""
-        key = self.dither_key and self.dither_key(tensor)
-        (rounded,) = mixing.narrowed([tensor.view(tensor.param)], [slot.index], [packed], [key])
+        dither = self.draws.dither(tensor)
+        (rounded,) = mixing.narrowed([tensor.view(tensor.param)], [slot.index], [packed], [dither])
         return rounded
 
     @contextmanager

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from gmixout_optim import mixing
 from gmixout_optim.mixed_tensor import MixedTensor
@@ -82,13 +80,15 @@ class PackedGradient(Tensor):
         """A plain copy of the parameter's shape, zero off the active weights."""
         tensor, layout = self._owner()
         dense = tensor.copy_of(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
-        mixing.scatter_([tensor.view(dense)], [layout.slot(tensor).index], [self.current()])
+        mixing.scatter_([tensor.view(dense)], [layout.index_of(tensor)], [self.current()])
         return dense
 
     def _owner(self) -> tuple[MixedTensor, PackedLayout]:
         tensor, layout = self._tensor(), self._layout()
         if tensor is None or layout is None:
-            raise RuntimeError("the optimizer that packed this gradient is gone: call zero_grad()")
+            raise RuntimeError(
+                "the GMixoutOptimizer that packed this gradient is gone: call zero_grad() on the model"
+            )
         return tensor, layout
 
     def check_owner(self, layout: PackedLayout) -> None:
@@ -103,14 +103,16 @@ class PackedGradient(Tensor):
         """The values for a step in the running episode; a RuntimeError where they were packed for another."""
         tensor, layout = self._owner()
         if self.episode_number is None:
-            return torch.zeros_like(layout.slot(tensor).value, dtype=self.dtype)
+            index = layout.index_of(tensor)
+            size = tensor.elements_at(index)
+            return torch.zeros(size, dtype=self.dtype, device=index.device)
         if self.episode_number != layout.episode_number:
             raise RuntimeError(
                 f"the gradient of {tensor.name} was packed for an episode that has ended, and other weights are active "
                 "now: call zero_grad() before backward(), and backward() again after resample(), resync() or "
                 "load_state_dict()"
             )
-        return self.active
+        return self.active.to(tensor.param.device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (
@@ -127,12 +129,15 @@ class PackedGradient(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kind, first, kwargs = func._overloadpacket, args[0], kwargs or {}
+        kwargs.pop("memory_format", None)  # of a vector there is one
         if kind is _aten._foreach_zero_:
             for grad in first:
                 grad.zero_()
             return None
         if kind in _OF_LISTS and _keeps_zeros(kind, args, kwargs):
-            values = [grad.active if isinstance(grad, cls) else grad for grad in first]
+            values = [
+                _filled(kind, grad.active) if isinstance(grad, cls) else grad for grad in first
+            ]
             return func(values, *args[1:], **kwargs)
         if isinstance(first, cls):
             if kind is _aten.zero_:
@@ -141,7 +146,7 @@ class PackedGradient(Tensor):
                 return first._accumulate(args[1])
             if _keeps_zeros(kind, args, kwargs):
                 if kind in _REDUCTIONS:
-                    return func(first.active, *args[1:], **kwargs)
+                    return func(_filled(kind, first.active), *args[1:], **kwargs)
                 if kind in _IN_PLACE:
                     func(first.active, *args[1:], **kwargs)
                     return first
@@ -149,9 +154,10 @@ class PackedGradient(Tensor):
                     values = func(first.active, *args[1:], **kwargs)
                     return cls(values, first._tensor, first._layout, first, first.episode_number)
         raise RuntimeError(
-            f"{func} is not defined for a packed gradient, which holds active weights only: read its .active, or "
-            ".dense() for zeros elsewhere. Where something else owns the gradients, as the reducer of "
-            "DistributedDataParallel does, use grad_layout='dense'"
+            f"{func} is not defined for a packed gradient, which a GMixoutOptimizer with grad_layout='packed' made and "
+            "which holds active weights only: read its .active, or .dense() for zeros elsewhere; for another optimizer call "
+            "zero_grad() first. Where something else owns the gradients, as the reducer of DistributedDataParallel does, "
+            "or differentiates through them, use grad_layout='dense'"
         )
 
     def _zero(self) -> PackedGradient:
@@ -166,52 +172,60 @@ class PackedGradient(Tensor):
             raise RuntimeError("only a dense gradient can be added to a packed gradient")
         more = layout.packed_from(tensor, other)
         if self.episode_number is None:
-            self.active, self.episode_number = more, layout.episode_number
+            self.active, self.episode_number = more.to(self.dtype), layout.episode_number
         else:
             self.current().add_(more)
         return self
 
 
+def _filled(kind: Any, active: Tensor) -> Tensor:
+    """Of a gradient without active weights one of the zeros: some norms are not defined for nothing at all."""
+    return active if active.numel() or kind not in _NORMS else active.new_zeros(1)
+
+
 def _keeps_zeros(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether zeros in the first argument stay zeros, or change nothing in what is reduced."""
     rest = [*args[1:], *kwargs.values()]
-    if any(isinstance(item, Tensor) and item.numel() != 1 for item in rest):
-        return False
+    for item in rest:
+        if isinstance(item, Tensor) and item.numel() != 1:
+            return False
+        if isinstance(item, list | tuple) and any(isinstance(each, Tensor) for each in item):
+            return False
     if kind in _NORMS:  # of positive order, and of the whole
-        return len(args) <= 2 and kwargs.keys() <= {"dtype"} and (len(args) < 2 or args[1] > 0)
+        return (
+            len(args) <= 2
+            and kwargs.keys() <= {"dtype"}
+            and (len(args) < 2 or args[1] is None or args[1] > 0)
+        )
     if kind is _aten.clamp_:
         return len(rest) == 2 and None not in rest and rest[0] <= 0 <= rest[1]
     return kind is not _aten.any or not rest
 
 
-# One optimizer packs a parameter's gradients: the one that was built last.
-_hooks: Any = WeakTensorKeyDictionary()
+class _Pack:
+    """The hook: packs a parameter's gradient while the optimizer is there."""
+
+    def __init__(self, tensor: MixedTensor, layout: PackedLayout) -> None:
+        self.tensor, self.layout = weakref.ref(tensor), weakref.ref(layout)
+
+    def __call__(self, param: Tensor) -> None:
+        grad, tensor, layout = param.grad, self.tensor(), self.layout()
+        if grad is None or tensor is None or layout is None or not _can_be_packed(grad):
+            return
+        active = layout.packed_from(tensor, grad)
+        param.grad = PackedGradient(active, self.tensor, self.layout, param, layout.episode_number)
 
 
 def pack_gradients_of(param: Tensor, tensor: MixedTensor, layout: PackedLayout) -> None:
     """From the next backward on, ``param.grad`` is packed as soon as it is there, and the dense one is freed."""
-    leave_gradients_of(param)
-    of, by = weakref.ref(tensor), weakref.ref(layout)
-
-    def pack(param: Tensor) -> None:
-        grad, tensor, layout = param.grad, of(), by()
-        if grad is None or tensor is None or layout is None or not _can_be_packed(grad):
-            return
-        values = layout.packed_from(tensor, grad)
-        param.grad = PackedGradient(values, of, by, param, layout.episode_number)
-
-    _hooks[param] = param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]
+    param.register_post_accumulate_grad_hook(_Pack(tensor, layout))  # type: ignore[no-untyped-call]
 
 
 def leave_gradients_of(param: Tensor) -> None:
-    """Let ``param.grad`` be what backward makes of it."""
-    handle: RemovableHandle | None = _hooks.pop(param, None)
-    if handle is not None:
-        handle.remove()
-
-
-def is_packed_by_hook(param: Tensor) -> bool:
-    return param in _hooks
+    """Let ``param.grad`` be what backward makes of it, whichever optimizer packed it."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Pack)]:
+        del hooks[key]
 
 
 def _can_be_packed(grad: Tensor) -> bool:

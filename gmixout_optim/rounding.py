@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from gmixout_optim.index_sets import Number, elements
 
 # How many of float32's mantissa bits the narrower types lack, where both are normal numbers.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -14,6 +19,36 @@ NARROW = tuple(_DROPPED_BITS)
 _HALF_NORMAL = 2.0**-14
 _HALF_SPACING_BITS = 24
 _FRACTION_BITS = 20
+
+
+class Dither(NamedTuple):
+    """The random bits of a tensor's elements in an episode: a function of the key and of an element's number.
+
+    Elements are numbered in row-major order, whatever the memory format.
+
+    Attributes:
+        key: of :func:`gmixout_optim.index_sets.random_bits`.
+        shape, strides: the parameter's.
+        width: elements in a cell.
+    """
+
+    key: Number
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    width: int
+
+    def places(self, index: Tensor) -> Tensor:
+        """The numbers (int64) of the elements that ``index`` addresses, see :meth:`MixedTensor.address`."""
+        row_major = [prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        dims = [dim for dim, size in enumerate(self.shape) if size > 1]
+        if all(self.strides[dim] == row_major[dim] for dim in dims):
+            return elements(index, self.width)
+        offset = index.long()
+        number = torch.zeros_like(offset)
+        for dim in sorted(dims, key=lambda dim: -self.strides[dim]):
+            number = number + offset // self.strides[dim] * row_major[dim]
+            offset = offset % self.strides[dim]
+        return number
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:

@@ -35,6 +35,20 @@ def test_quick_demo_from_any_folder(tmp_path: Path) -> None:
     assert json.loads(files[".json"].read_text())
 
 
+def test_low_precision_curves(tmp_path: Path) -> None:
+    script = DEMO.with_name("low_precision.py")
+    arguments = ["--steps", "2", "--resample-every", "1", "--seeds", "1", "--quick"]
+    command = [sys.executable, str(script), *arguments, "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "low_precision.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    losses = json.loads((tmp_path / "out" / "low_precision.json").read_text())["losses"]
+    assert [len(runs) for runs in losses.values()] == [2, 3]
+    assert all(
+        len(run) == 3 for runs in losses.values() for curves in runs.values() for run in curves
+    )
+
+
 def test_help_explains_every_flag(tmp_path: Path) -> None:
     done = demo("--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -156,6 +156,9 @@ def test_what_a_packed_gradient_says_of_itself() -> None:
         lambda grad: torch.linalg.vector_norm(grad, 0),
         lambda grad: torch.linalg.vector_norm(grad, dim=0),
         lambda grad: torch._foreach_norm([grad], -1.0),
+        lambda grad: torch._foreach_mul_([grad], [grad]),
+        lambda grad: torch._foreach_mul_([torch.ones(grad.shape)], [grad]),
+        lambda grad: torch._foreach_mul_([grad], [torch.ones(grad.active.shape)]),
         lambda grad: grad.any(dim=0),
         lambda grad: grad * torch.ones(grad.shape),
         lambda grad: torch.ones(grad.shape).mul_(grad),
@@ -250,7 +253,7 @@ def test_unmixed_gradients_stay_dense() -> None:
     model.zero_grad()
     _optimizer = GMixoutOptimizer(torch.optim.SGD(groups, lr=0.1), grad_layout="packed")
     loss_of(model, 0).backward()
-    assert [is_packed(param) for param in model.parameters()] == [True, True, True, True]
+    assert [is_packed(param) for param in model.parameters()] == [False, False, True, True]
 
 
 def test_the_model_may_zero_gradients() -> None:
@@ -317,9 +320,86 @@ def test_another_optimizer_around_the_same_parameters_takes_over() -> None:
         first.step()
     second.step()
     model.zero_grad()
-    _optimizer = wrap(model, "dense")
+    third = wrap(model, "dense")
     loss_of(model, 0).backward()
     assert not any(is_packed(param) for param in model.parameters())
+    second.step()
+    model.zero_grad()
+    loss_of(model, 0).backward()
+    assert not any(is_packed(param) for param in model.parameters())
+    third.step()
+
+
+def test_an_optimizer_is_gone_as_soon_as_nobody_holds_it() -> None:
+    """And its hooks do nothing: the next optimizer has the model to itself."""
+    model = small_model()
+    gc.disable()
+    try:
+        optimizer = wrap(model)
+        train(model, optimizer, range(4))
+        del optimizer
+        model.zero_grad()
+        plain = torch.optim.AdamW(model.parameters())
+        train(model, plain, range(2))
+    finally:
+        gc.enable()
+
+
+def test_consolidate_leaves_plain_parameters() -> None:
+    model = small_model()
+    optimizer = wrap(model)
+    train(model, optimizer, range(4))
+    optimizer.consolidate()
+    assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+    model.zero_grad()
+    loss_of(model, 0).backward()
+    assert not any(is_packed(param) for param in model.parameters())
+    optimizer.step()  # training goes on after all
+    optimizer.zero_grad()
+    loss_of(model, 0).backward()
+    assert is_packed(model.body.weight)
+
+
+def test_nothing_is_read_from_the_model_before_the_first_step() -> None:
+    """A trial backward, then other weights are loaded."""
+    models = []
+    for grad_layout in ("dense", "packed"):
+        model = small_model()
+        optimizer = wrap(model, grad_layout)
+        loss_of(model, 0).backward()
+        optimizer.zero_grad()
+        model.load_state_dict(small_model(seed=3).state_dict())
+        train(model, optimizer, range(4))
+        models.append(weights(model))
+    assert_equal(*models)
+
+
+def test_a_model_that_is_moved_between_backward_and_step() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()), grad_layout="packed")
+    model(torch.randn(2, 4, 5, 5)).square().mean().backward()
+    optimizer.step()
+    model.to(memory_format=torch.channels_last)
+    optimizer.step()
+    before = [param.detach().clone() for param in model.parameters()]
+    model.double()
+    with pytest.raises(RuntimeError, match=r"was torch.float32.*convert the model before"):
+        optimizer.step()
+    assert_equal(before, [param.detach().float() for param in model.parameters()])
+
+
+def test_sets_without_active_weights() -> None:
+    for norm_type in (2.0, float("inf")):
+        for clip in (nn.utils.clip_grad_norm_, None):
+            model = small_model(torch.float32)
+            optimizer = wrap(model, sampler="bernoulli", mask_prob=0.999, exclude=())
+            loss_of(model, 0).backward()
+            assert any(param.grad.active.numel() == 0 for param in model.parameters())
+            if clip is None:
+                optimizer.clip_grad_norm_(1.0, norm_type)
+            else:
+                clip(model.parameters(), 1.0, norm_type)
+            optimizer.step()
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -330,7 +410,6 @@ def test_nothing_is_kept_alive() -> None:
     grad = model.body.weight.grad
     gone = [weakref.ref(optimizer), weakref.ref(model.body.weight)]
     del optimizer
-    gc.collect()
     assert gone[0]() is None
     with pytest.raises(RuntimeError, match="gone"):
         grad.dense()

@@ -209,6 +209,30 @@ def test_the_same_seed_rounds_the_same_way_and_another_otherwise(dtype: torch.dt
     assert not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (2, 5, 4, 1)])
+def test_the_memory_format_does_not_matter(shape: tuple[int, ...]) -> None:
+    """Also where it changes within an episode."""
+    runs = []
+    for before, after in (
+        ("contiguous",) * 2,
+        ("channels_last",) * 2,
+        ("contiguous", "channels_last"),
+    ):
+        params = parameters(torch.bfloat16, [TensorSpec(shape, before, "w")])
+        base = torch.optim.AdamW(params, lr=1e-3)
+        optimizer = GMixoutOptimizer(
+            base, mask_prob=0.5, resample_every=4, stochastic_rounding=True
+        )
+        take_steps(params, optimizer, range(2))
+        if before != after:
+            params[0].data = params[0].data.to(memory_format=torch.channels_last)
+            assert optimizer.report().tensors[0].active_differing == 0
+        take_steps(params, optimizer, range(2, 7))
+        runs.append(params[0].detach().contiguous())
+    assert_equal(runs[0], runs[1])
+    assert_equal(runs[0], runs[2])
+
+
 def test_what_is_kept_is_float32() -> None:
     params = parameters(torch.bfloat16, [TensorSpec((40, 50), "contiguous", "w")])
     optimizer = GMixoutOptimizer(torch.optim.AdamW(params), stochastic_rounding=True)
@@ -288,3 +312,34 @@ def test_rounds_the_same_way_on_cuda(dtype: torch.dtype) -> None:
     random = torch.randint(-(2**62), 2**62, values.shape)
     on_cpu = stochastic_round(values, dtype, random)
     assert_equal(on_cpu, stochastic_round(values.cuda(), dtype, random.cuda()).cpu())
+
+
+def loss_after(dtype: torch.dtype, wrapped: bool, stochastic_rounding: bool = False) -> float:
+    """Of a deployed linear model that regresses a shift of its weights, in small steps."""
+    torch.manual_seed(0)
+    start = torch.randn(50, 40).to(torch.bfloat16).to(dtype)
+    inputs = torch.randn(256, 50)
+    targets = inputs @ (start.float() + 0.03 * torch.randn(50, 40))
+    weight = nn.Parameter(start.clone())
+    optimizer: Any = torch.optim.AdamW([weight], lr=3e-4, weight_decay=0.0)
+    if wrapped:
+        settings = dict(mask_prob=0.5, resample_every=5, anchor_decay=0.5)
+        optimizer = GMixoutOptimizer(optimizer, stochastic_rounding=stochastic_rounding, **settings)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (inputs.to(dtype) @ weight - targets.to(dtype)).square().mean().backward()
+        optimizer.step()
+    if wrapped:
+        optimizer.consolidate()
+    with torch.no_grad():
+        return float((inputs @ weight.float() - targets).square().mean())
+
+
+def test_a_bfloat16_model_follows_float32() -> None:
+    untrained = 50 * 0.03**2  # in expectation
+    assert loss_after(torch.float32, wrapped=False) < 0.05 * untrained
+    assert loss_after(torch.bfloat16, wrapped=False) > 0.8 * untrained  # AdamW alone stalls
+    wanted = loss_after(torch.float32, wrapped=True)
+    assert wanted < 0.3 * untrained
+    assert loss_after(torch.bfloat16, wrapped=True) > 0.7 * untrained  # so does rounding to nearest
+    assert loss_after(torch.bfloat16, wrapped=True, stochastic_rounding=True) < 1.4 * wanted

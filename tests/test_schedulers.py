@@ -123,3 +123,22 @@ def test_a_schedule_resumes(kind: str) -> None:
             schedule.step(*metric(schedule))
     assert_equal(weights(model), weights(resumed_model))
     assert options(optimizer) == options(resumed)
+
+
+def test_a_cycled_momentum_is_stepped_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slow because an option changes would not be seen in any result."""
+    from gmixout_optim.batched import BatchedStep
+
+    stepped = []
+    step = BatchedStep.step
+    monkeypatch.setattr(
+        BatchedStep, "step", lambda self, rows: (stepped.append(len(rows)), step(self, rows))[1]
+    )
+    param = torch.nn.Parameter(torch.randn(30))
+    optimizer = GMixoutOptimizer(torch.optim.AdamW([param]))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20)
+    for _ in range(10):
+        param.grad = torch.randn(30)
+        optimizer.step()
+        scheduler.step()
+    assert sum(stepped) == 9  # the first makes the state

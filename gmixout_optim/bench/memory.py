@@ -6,6 +6,7 @@ As a command it takes a :class:`Loop` in JSON and prints what it found in JSON.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,11 @@ from gmixout_optim.bench.subject import Setting, Subject
 STEPS = 3
 # The mask is redrawn within the loop, gradients still there.
 RESAMPLE_EVERY = 2
+
+
+# glibc by itself keeps freed tensors of up to 32 MB in a heap with holes, which changes a peak by a quarter from run to
+# run. So large tensors go back to the system at once, in all loops alike. A user's own setting counts for more.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def measure_peaks(loops: Sequence[Loop], begin: Callable[[str], None]) -> list[P
 def peak_of(loop: Loop) -> Peak:
     """Run the loop in a child process; a failure there, such as too little memory, is part of the result."""
     command = [sys.executable, "-m", "gmixout_optim.bench.memory", loop.to_json()]
-    child = subprocess.run(command, capture_output=True, text=True)
+    child = subprocess.run(command, capture_output=True, text=True, env={**_MALLOC, **os.environ})
     if child.returncode == 0:
         peak, baseline = json.loads(child.stdout)
         return Peak(loop.setting, peak, baseline, peak - baseline)

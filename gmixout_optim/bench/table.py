@@ -154,7 +154,8 @@ def _peak_table(peaks: Sequence[Peak], batch_size: int) -> str:
             )
     return (
         f"Peak memory in MB of a process that trains the model, batch size {batch_size} (ratio to plain), and without what "
-        "it had before the model.\n\n"
+        "it had before the model.\nOn a CPU with glibc: MALLOC_MMAP_THRESHOLD_=131072 unless set, so that freed tensors do "
+        "not stay in its heap.\n\n"
     ) + pipe_table([*SETTING, "peak", "without baseline"], rows)
 
 
