@@ -29,7 +29,7 @@ SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
 MAX_CELLS = 2**31 - 1
 
 # On a CPU the chunks stay in cache (several times faster than whole tensors); on a GPU launches are what costs.
-_CPU_CHUNK = 1 << 17
+CPU_CHUNK = 1 << 17
 
 # The set of draws that one key owns: counter 0 places the strata, counter i + 1 belongs to stratum or cell i.
 _ROTATION_COUNTER = 0
@@ -279,7 +279,7 @@ def active_cells_in_block(
 def _chunks(start: int, stop: int, device: torch.device | str | None) -> list[Tensor]:
     """``range(start, stop)`` as int64 tensors small enough for the device's cache."""
     on_cpu = device is None or torch.device(device).type == "cpu"
-    chunk = _CPU_CHUNK if on_cpu else max(1, stop - start)
+    chunk = CPU_CHUNK if on_cpu else max(1, stop - start)
     return [
         torch.arange(low, min(low + chunk, stop), device=device)
         for low in range(start, stop, chunk)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmixout_optim.index_sets import random_bits
+from gmixout_optim.index_sets import CPU_CHUNK, random_bits
 from gmixout_optim.rounding import Dither, stochastic_round
 
 # From here on a kernel's speed counts for more than its call's.
@@ -70,11 +70,18 @@ def narrowed(
 ) -> list[Tensor]:
     """Packed values rounded stochastically to the dtype of each view, where there is a dither."""
     return [
-        values
-        if dither is None
-        else stochastic_round(values, view.dtype, random_bits(dither.key, dither.places(index)))
+        values if dither is None else _rounded(values, view.dtype, index, dither)
         for view, index, values, dither in zip(views, indices, packed, dithers, strict=True)
     ]
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, index: Tensor, dither: Dither) -> Tensor:
+    in_cell = values.shape[0] // max(1, index.shape[0])
+    cells = max(1, CPU_CHUNK // max(1, in_cell))
+    if torch.compiler.is_compiling() or not values.is_cpu or index.shape[0] <= cells:
+        return stochastic_round(values, dtype, random_bits(dither.key, dither.places(index)))
+    pieces = zip(torch.split(values, cells * in_cell), torch.split(index, cells), strict=True)
+    return torch.cat([_rounded(some, dtype, at, dither) for some, at in pieces])
 
 
 def model_values(

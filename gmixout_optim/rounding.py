@@ -69,8 +69,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tens
     dropped = _DROPPED_BITS[dtype]
     mask = (1 << dropped) - 1
     # The bits of a float are its magnitude in order: adding to them carries into the next number away from zero.
-    bits = values.view(torch.int32) + (random & mask).to(torch.int32)
-    rounded = (bits & ~mask).view(torch.float32)
+    bits = random.to(torch.int32).bitwise_and_(mask).add_(values.view(torch.int32))
+    rounded = bits.bitwise_and_(~mask).view(torch.float32)
     if dtype == torch.float16:
         size = values.abs()
         fixed = (size.clamp(max=_HALF_NORMAL) * 2.0 ** (_HALF_SPACING_BITS + _FRACTION_BITS)).long()

@@ -271,7 +271,7 @@ def test_recomputing_a_set_gives_it_again(request_: Request, other: Request) -> 
 def test_the_chunks_do_not_matter(request_: Request, chunk: int) -> None:
     whole = active_cells(**request_)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_sets, "_CPU_CHUNK", chunk)
+        patch.setattr(index_sets, "CPU_CHUNK", chunk)
         assert same(active_cells(**request_), whole)
 
 

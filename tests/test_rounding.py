@@ -209,6 +209,21 @@ def test_the_same_seed_rounds_the_same_way_and_another_otherwise(dtype: torch.dt
     assert not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("granularity", ["element", "row", 4])
+def test_rounding_in_pieces_changes_nothing(
+    granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for chunk in (1 << 17, 64):
+        monkeypatch.setattr("gmixout_optim.mixing.CPU_CHUNK", chunk)
+        params = parameters(torch.bfloat16, [TensorSpec((60, 20), "contiguous", "w")])
+        base = torch.optim.AdamW(params, lr=1e-3)
+        settings = dict(mask_prob=0.5, granularity=granularity, stochastic_rounding=True)
+        take_steps(params, GMixoutOptimizer(base, **settings), range(2))
+        runs.append(params[0].detach())
+    assert_equal(*runs)
+
+
 @pytest.mark.parametrize("shape", [(4, 6, 3, 3), (2, 5, 4, 1)])
 def test_the_memory_format_does_not_matter(shape: tuple[int, ...]) -> None:
     """Also where it changes within an episode."""
