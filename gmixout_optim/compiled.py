@@ -122,8 +122,9 @@ class Compiler:
         tensor, _ = row
         if tensor.param.is_cuda:
             return _compiles_on_cuda() if self.wanted is None else bool(self.wanted)
-        # On a CPU torch's own kernels move wide cells faster than compiled code does.
-        return bool(self.wanted) and tensor.width == 1
+        # On a CPU torch's own kernels move wide cells faster than compiled code does; where these were asked for, single
+        # elements are those of biases and the like, too few to be worth a call.
+        return bool(self.wanted) and tensor.width == 1 and tensor.granularity != "row"
 
     def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
         options = _forms({key: group[key] for key in self.base.defaults if key != "lr"})

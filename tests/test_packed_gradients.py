@@ -374,6 +374,28 @@ def test_nothing_is_read_from_the_model_before_the_first_step() -> None:
     assert_equal(*models)
 
 
+@pytest.mark.parametrize("move_on", ["resample", "resync", "load"])
+def test_an_episode_that_ends_before_its_first_step(move_on: str) -> None:
+    """What backward drew for it is not used in the next."""
+    models = []
+    for grad_layout in ("dense", "packed"):
+        model = small_model()
+        optimizer = wrap(model, grad_layout)
+        loss_of(model, 0).backward()
+        optimizer.zero_grad()
+        if move_on == "load":
+            other_model = small_model()
+            other = wrap(other_model, seed=5)
+            train(other_model, other, range(4))
+            model.load_state_dict(other_model.state_dict())
+            optimizer.load_state_dict(other.state_dict())
+        else:
+            getattr(optimizer, move_on)()
+        train(model, optimizer, range(4, 8))
+        models.append(weights(model))
+    assert_equal(*models)
+
+
 def test_a_model_that_is_moved_between_backward_and_step() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3))
     optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()), grad_layout="packed")
