@@ -25,6 +25,23 @@ from tiny_task import Spirals, pretrained
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
+@pytest.fixture(autouse=True, params=["dense", "packed"])
+def grad_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Loops accumulate, clip and zero gradients in their own ways: the examples run with both kinds."""
+    defaults = GMixoutOptimizer.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "grad_layout", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("grad_layout", ["packed"], indirect=True)
+def test_packed_gradients_are_what_the_examples_run_with(grad_layout: str) -> None:
+    model = pretrained()
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
+    model(torch.randn(4, 2))["logits"].sum().backward()
+    assert {type(param.grad).__name__ for param in model.parameters()} == {"PackedGradient"}
+    optimizer.step()
+
+
 def equals_its_deployed_weights(model: nn.Module, optimizer: GMixoutOptimizer) -> bool:
     now = weights(model)
     with optimizer.eval_weights():
@@ -184,8 +201,12 @@ def test_lightning_checkpoint_holds_live_and_deployed_weights(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactorbv", "muon"])
-def test_timm_factory(name: str) -> None:
+def test_timm_factory(name: str, grad_layout: str) -> None:
     model = pretrained()
+    if grad_layout == "packed" and name not in ("adamw", "sgd"):  # not known to be element-wise
+        with pytest.raises(ValueError, match="needs layout='packed'"):
+            timm_factory.make_optimizer(model, name)
+        return
     optimizer = timm_factory.make_optimizer(model, name)
     start = weights(model)
     timm_factory.train(model, optimizer, epochs=2)
