@@ -577,6 +577,23 @@ def test_compiled() -> None:
     assert_equal(*runs)
 
 
+@pytest.mark.compile
+def test_a_model_that_is_compiled() -> None:
+    runs = []
+    for grad_layout in ("dense", "packed"):
+        model = small_model(torch.float32)
+        optimizer = wrap(model, grad_layout)
+        compiled = torch.compile(model)
+        for step in range(5):
+            for _ in range(2):
+                loss_of(compiled, step).backward()
+            assert is_packed(model.body.weight) == (grad_layout == "packed")
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(weights(model))
+    assert_equal(*runs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_on_cuda(compile: bool) -> None:
