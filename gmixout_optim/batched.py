@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import ELEMENTWISE, keeps_state, step_is_its_own
-from gmixout_optim.layout import Draws, Row
+from gmixout_optim.layout import Draws, Row, columns
 from gmixout_optim.mixed_tensor import MixedTensor
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.rounding import Dither
@@ -55,8 +55,8 @@ class BatchedStep:
     def __init__(self, base: Optimizer, draws: Draws) -> None:
         self.base = base
         self.draws = draws
-        # By the number of the group: its options in the last step.
-        self._last_options: dict[int, Hashable] = {}
+        # What a base can refuse an option for; numbers may follow a schedule.
+        self._settled = SettledOptions(base, partial(form_of_options, numbers=False))
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows that can be stepped in batches, and the others, which the base must see all at once.
@@ -67,11 +67,7 @@ class BatchedStep:
         """
         if type(self.base) not in ELEMENTWISE or not step_is_its_own(self.base):
             return [], rows
-        settled = {
-            id(group)
-            for number, group in enumerate(self.base.param_groups)
-            if self._is_settled(number, group)
-        }
+        settled = self._settled.groups()
         return split(rows, lambda row: id(row[0].group) in settled and self._has_state(row[0]))
 
     def step(self, rows: list[Row]) -> None:
@@ -93,10 +89,7 @@ class BatchedStep:
     def columns(self, rows: list[Row]) -> Columns:
         state = self.base.state
         return Columns(
-            views=[tensor.view(tensor.param) for tensor, _ in rows],
-            indices=[slot.index for _, slot in rows],
-            values=[slot.value for _, slot in rows],
-            anchors=[slot.anchor for _, slot in rows],
+            *columns(rows),
             grads=[_gradient_of(tensor) for tensor, _ in rows],
             scales=[tensor.scale for tensor, _ in rows],
             dithers=[self.draws.dither(tensor) for tensor, _ in rows],
@@ -106,22 +99,40 @@ class BatchedStep:
     def _has_state(self, tensor: MixedTensor) -> bool:
         return bool(self.base.state.get(tensor.param)) or not keeps_state(self.base, tensor.group)
 
-    def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
-        kinds = _kind({key: group[key] for key in self.base.defaults})
-        before = self._last_options.get(number, kinds)
-        self._last_options[number] = kinds
-        return kinds == before
+
+class SettledOptions:
+    """Which of a base's groups have the options that they had when it was last asked.
+
+    Args:
+        base: the wrapped optimizer.
+        form: what matters of a group's options.
+    """
+
+    def __init__(self, base: Optimizer, form: Callable[[dict[str, Any]], Hashable]) -> None:
+        self.base = base
+        self.form = form
+        self._last: dict[int, Hashable] = {}
+
+    def groups(self) -> set[int]:
+        """Their ids."""
+        settled = set()
+        for number, group in enumerate(self.base.param_groups):
+            form = self.form({key: group[key] for key in self.base.defaults})
+            if self._last.setdefault(number, form) == form:
+                settled.add(id(group))
+            self._last[number] = form
+        return settled
 
 
-def _kind(option: Any) -> Hashable:
-    """What a base can refuse an option for: numbers may follow a schedule."""
-    if isinstance(option, dict):
-        return tuple((key, _kind(item)) for key, item in option.items())
-    if isinstance(option, list | tuple):
-        return tuple(_kind(item) for item in option)
-    if isinstance(option, Tensor):
-        return option.shape, option.dtype, option.device
-    return float if type(option) in (int, float) else repr(option)
+def form_of_options(options: Any, numbers: bool) -> Hashable:
+    """What a step depends on of options: all but the values in tensors, and without ``numbers`` other numbers' too."""
+    if isinstance(options, dict):
+        return tuple((key, form_of_options(item, numbers)) for key, item in options.items())
+    if isinstance(options, list | tuple):
+        return tuple(form_of_options(item, numbers) for item in options)
+    if isinstance(options, Tensor):
+        return options.shape, options.dtype, options.device
+    return repr(options) if numbers or type(options) not in (int, float) else float
 
 
 def packed_step(

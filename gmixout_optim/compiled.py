@@ -20,7 +20,14 @@ from torch._dynamo.exc import TorchDynamoException
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import resets_in_place
-from gmixout_optim.batched import BatchedStep, packed_step, split, without_optimizer
+from gmixout_optim.batched import (
+    BatchedStep,
+    SettledOptions,
+    form_of_options,
+    packed_step,
+    split,
+    without_optimizer,
+)
 from gmixout_optim.index_sets import stratified_cells
 from gmixout_optim.layout import Row, columns
 
@@ -44,8 +51,7 @@ class Compiler:
         self.base = batched.base
         self.wanted = wanted
         self.static_shapes = static_shapes
-        # By the number of the group: its options in the last step, without lr.
-        self._last_options: dict[int, Hashable] = {}
+        self._settled = SettledOptions(self.base, _form_without_lr)
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
@@ -63,11 +69,8 @@ class Compiler:
         wanted, others = self.split(rows)
         if not wanted:
             return [], rows
-        settled = {
-            id(group)
-            for number, group in enumerate(self.base.param_groups)
-            if self._is_settled(number, group)
-        }
+        settled = self._settled.groups()
+        settled -= {id(group) for group in self.base.param_groups if _lr_is_zero(group)}
         # Compiled, A + s * (phi - A) may round differently than where eval() and train() compute it.
         ready, unready = split(
             wanted, lambda row: row[0].scale == 1 and id(row[0].group) in settled
@@ -80,13 +83,12 @@ class Compiler:
         _bring_steps(rows, self.base.state)
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
         for group, own in self.batched.by_group(rows):
-            columns = self.batched.columns(own)
+            given = self.batched.columns(own)
             # A number would compile again in every episode.
             dithers = [
-                dither and dither._replace(key=torch.tensor(dither.key))
-                for dither in columns.dithers
+                dither and dither._replace(key=torch.tensor(dither.key)) for dither in given.dithers
             ]
-            columns = columns._replace(dithers=dithers)
+            given = given._replace(dithers=dithers)
             keys = [
                 (
                     _form_of(row),
@@ -97,13 +99,13 @@ class Compiler:
                     dither is None,
                 )
                 for row, (grad, packed), state, dither in zip(
-                    own, columns.grads, columns.states, columns.dithers, strict=True
+                    own, given.grads, given.states, given.dithers, strict=True
                 )
             ]
             for key, places in _batches(own, keys):
-                batch = _pick(places, *columns)
+                batch = _pick(places, *given)
                 options = self._options(group, foreach=is_launched(own[places[0]][0].param))
-                made_for = (plain, _forms(options), key, len(places))
+                made_for = (plain, form_of_options(options, numbers=True), key, len(places))
                 try:
                     _kernel(packed_step, made_for)(*batch, plain=plain, options=options)
                 except TorchDynamoException as error:
@@ -125,12 +127,6 @@ class Compiler:
         # On a CPU torch's own kernels move wide cells faster than compiled code does; where these were asked for, single
         # elements are those of biases and the like, too few to be worth a call.
         return bool(self.wanted) and tensor.width == 1 and tensor.granularity != "row"
-
-    def _is_settled(self, number: int, group: dict[str, Any]) -> bool:
-        options = _forms({key: group[key] for key in self.base.defaults if key != "lr"})
-        before = self._last_options.get(number, options)
-        self._last_options[number] = options
-        return options == before and not _lr_is_zero(group)
 
     def _options(self, group: dict[str, Any], foreach: bool) -> dict[str, Any]:
         """A group's options as compiled code takes them.
@@ -167,15 +163,10 @@ def draw() -> Callable[..., Tensor]:
     return torch.compile(stratified_cells, dynamic=True)
 
 
-def _forms(options: Any) -> Hashable:
-    """What compiled code depends on of options: a number among them is part of the code."""
-    if isinstance(options, dict):
-        return tuple((key, _forms(option)) for key, option in options.items())
-    if isinstance(options, list | tuple):
-        return tuple(_forms(option) for option in options)
-    if isinstance(options, Tensor):
-        return options.shape, options.dtype, options.device
-    return repr(options)
+def _form_without_lr(options: dict[str, Any]) -> Hashable:
+    """What compiled code depends on of a group's options: a number is part of the code, but for the lr."""
+    others = {key: option for key, option in options.items() if key != "lr"}
+    return form_of_options(others, numbers=True)
 
 
 def _lr_is_zero(group: dict[str, Any]) -> bool:

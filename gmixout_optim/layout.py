@@ -161,8 +161,13 @@ class Layout(ABC):
         """The gradient with respect to the trained values on the active cells, packed."""
         check_gradient(tensor)
         assert tensor.param.grad is not None
-        (active,) = mixing.gather([tensor.view(tensor.param.grad)], [self.slot(tensor).index])
+        active = self.active_gradient(tensor, tensor.param.grad)
         return active if tensor.scale == 1 else active * tensor.scale
+
+    def active_gradient(self, tensor: MixedTensor, grad: Tensor) -> Tensor:
+        """The part of a gradient on the active cells, packed."""
+        (active,) = mixing.gather([tensor.view(grad)], [self.slot(tensor).index])
+        return active
 
     def restore(self, slots: dict[MixedTensor, Slot]) -> None:
         """Take the slots of a checkpoint."""

@@ -471,7 +471,7 @@ class GMixoutOptimizer(Optimizer):
         guard(self.base)
         for tensor in self.mixed.values():
             if tensor not in self._unpacked:
-                self._handle_gradient(tensor)
+                self._pack_gradient(tensor)
 
     def slot_of(self, param: Tensor) -> Slot | None:
         """What the library keeps of a parameter in the running episode; None while it has never been trained."""
@@ -548,11 +548,10 @@ class GMixoutOptimizer(Optimizer):
             for tensor in mixed:
                 self.mixed[tensor.param] = tensor
                 self.layout.take_over(tensor)
-                self._handle_gradient(tensor)
+                self._pack_gradient(tensor)
 
-    def _handle_gradient(self, tensor: MixedTensor) -> None:
-        """Pack the parameter's gradients in backward, or leave them; only what is not frozen can be asked for them."""
-        leave_gradients_of(tensor.param)
+    def _pack_gradient(self, tensor: MixedTensor) -> None:
+        """Have backward pack the parameter's gradients, if asked for; only what is not frozen can be hooked."""
         if self._packs_gradients and isinstance(self.layout, PackedLayout):
             if tensor.param.requires_grad:
                 pack_gradients_of(tensor.param, tensor, self.layout)
@@ -563,7 +562,7 @@ class GMixoutOptimizer(Optimizer):
     def _pack_again(self) -> None:
         """What was frozen when it was wrapped, and what goes on after consolidate(), comes with a dense gradient once."""
         for tensor in [tensor for tensor in self._unpacked if tensor.param.grad is not None]:
-            self._handle_gradient(tensor)
+            self._pack_gradient(tensor)
 
     def _check_known(self, param: Tensor) -> None:
         if not isinstance(param, Tensor):

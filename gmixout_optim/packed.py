@@ -145,12 +145,14 @@ class PackedLayout(Layout):
 
     def deployed(self, tensor: MixedTensor, slot: Slot) -> Tensor:
         (moved,) = mixing.moved_anchors([slot.anchor], [slot.value], [tensor.anchor_decay])
-        return self._rounded(tensor, slot, moved)
+        dither = self.draws.dither(tensor)
+        (rounded,) = mixing.narrowed([tensor.view(tensor.param)], [slot.index], [moved], [dither])
+        return rounded
 
     def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
-        into = tensor.param if into is None else into
-        (theta,) = mixing.model_values([slot.anchor], [slot.value], [tensor.scale])
-        mixing.scatter_([tensor.view(into)], [slot.index], [self._rounded(tensor, slot, theta)])
+        view = tensor.view(tensor.param if into is None else into)
+        dither = self.draws.dither(tensor)
+        write([view], [slot.index], [slot.value], [slot.anchor], [tensor.scale], [dither])
 
     def dense_anchor(self, tensor: MixedTensor) -> Tensor:
         dense = tensor.copy_of(tensor.param)
@@ -196,12 +198,11 @@ class PackedLayout(Layout):
         with torch.no_grad():
             return mixing.gather_gradient(tensor.view(grad), self.index_of(tensor))
 
-    def used_gradient(self, tensor: MixedTensor) -> Tensor:
-        grad = tensor.param.grad
+    def active_gradient(self, tensor: MixedTensor, grad: Tensor) -> Tensor:
         if isinstance(grad, PackedGradient):
             grad.check_owner(self)
-            return grad.current() if tensor.scale == 1 else grad.current() * tensor.scale
-        return super().used_gradient(tensor)
+            return grad.current()
+        return super().active_gradient(tensor, grad)
 
     def take_over(self, tensor: MixedTensor) -> None:
         if self.base.state.get(tensor.param):
@@ -232,12 +233,6 @@ class PackedLayout(Layout):
         with self._lend(rows, used_gradients(indices, values, grads, scales), hidden):
             enter_step(self.base)
         write(views, indices, values, anchors, scales, dithers)
-
-    def _rounded(self, tensor: MixedTensor, slot: Slot, packed: Tensor) -> Tensor:
-        """Packed values as they are to be written, where the nearest numbers are not what is wanted."""
-        dither = self.draws.dither(tensor)
-        (rounded,) = mixing.narrowed([tensor.view(tensor.param)], [slot.index], [packed], [dither])
-        return rounded
 
     @contextmanager
     def _lend(self, trained: list[Row], grads: list[Tensor], hidden: set[Tensor]) -> Iterator[None]:

@@ -218,6 +218,7 @@ class _Pack:
 
 def pack_gradients_of(param: Tensor, tensor: MixedTensor, layout: PackedLayout) -> None:
     """From the next backward on, ``param.grad`` is packed as soon as it is there, and the dense one is freed."""
+    leave_gradients_of(param)
     param.register_post_accumulate_grad_hook(_Pack(tensor, layout))  # type: ignore[no-untyped-call]
 
 
