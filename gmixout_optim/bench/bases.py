@@ -28,9 +28,11 @@ BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 
 
 def make_base(name: str, params: Iterable[Tensor], form: str | None) -> Optimizer:
-    kind, kwargs = BASES[name]
-    forms: dict[str, Any] = {} if form is None else {form: True}
-    return kind(params, **kwargs, **forms)
+    return BASES[name][0](params, **arguments_of(name, form))
+
+
+def arguments_of(name: str, form: str | None) -> dict[str, Any]:
+    return {**BASES[name][1], **({} if form is None else {form: True})}
 
 
 def fastest_form(name: str, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import GMixoutOptimizer
-from gmixout_optim.bench.bases import BASES, fastest_form, make_base
+from gmixout_optim.bench.bases import BASES, arguments_of, fastest_form, make_base
 from gmixout_optim.mixed_tensor import Granularity
 from gmixout_optim.settings import GradLayout
 
@@ -41,10 +41,9 @@ class Subject:
 
     def base_title(self) -> str:
         """The class and its arguments, as code."""
-        kind, kwargs = BASES[self.base]
-        forms = {} if self.base_form is None else {self.base_form: True}
-        arguments = ", ".join(f"{key}={value}" for key, value in {**kwargs, **forms}.items())
-        return f"{kind.__name__}({arguments})"
+        given = arguments_of(self.base, self.base_form)
+        arguments = ", ".join(f"{key}={value}" for key, value in given.items())
+        return f"{BASES[self.base][0].__name__}({arguments})"
 
     def make_base(self, params: Iterable[Tensor]) -> Optimizer:
         return make_base(self.base, params, self.base_form)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmixout_optim.bench.models.workload import Workload
+from gmixout_optim.bench.models.workload import Regression, Workload
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Llama(Workload):
         return nn.functional.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
 
 
-class LlamaLayer(Workload):
+class LlamaLayer(Regression):
     """One decoder layer by itself, on random hidden states."""
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -123,6 +123,3 @@ class LlamaLayer(Workload):
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         shape = (size, self.config.tokens, self.config.width)
         return torch.randn(shape), torch.randn(shape)
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.mse_loss(self(inputs).float(), targets.float())

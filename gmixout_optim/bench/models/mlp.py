@@ -7,14 +7,14 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from gmixout_optim.bench.models.workload import Workload
+from gmixout_optim.bench.models.workload import Regression
 
 # Larger models get more layers rather than wider ones, as real ones do, up to a number of layers.
 WIDEST = 4096
 DEEPEST = 100
 
 
-class MLP(Workload):
+class MLP(Regression):
     """Square matrices without biases, at least 4 of them, and a last one that makes up the number.
 
     Args:
@@ -38,6 +38,3 @@ class MLP(Workload):
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         return torch.randn(size, self.width), torch.randn(size, self.outputs)
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.mse_loss(self(inputs).float(), targets.float())

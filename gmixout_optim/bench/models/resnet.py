@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from gmixout_optim.bench.models.workload import Workload
+from gmixout_optim.bench.models.workload import ImageClassifier
 
 EXPANSION = 4
 
@@ -44,10 +43,9 @@ class Bottleneck(nn.Module):
         return summed.relu()
 
 
-class ResNet(Workload):
+class ResNet(ImageClassifier):
     def __init__(self, config: ResNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config.image, config.classes)
         self.conv1 = nn.Conv2d(3, config.width, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(config.width)
         self.pool = nn.MaxPool2d(3, 2, padding=1)
@@ -65,10 +63,3 @@ class ResNet(Workload):
         hidden = self.pool(self.bn1(self.conv1(images)).relu())
         logits: Tensor = self.fc(self.stages(hidden).mean((2, 3)))
         return logits
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        images = torch.randn(size, 3, self.config.image, self.config.image)
-        return images, torch.randint(self.config.classes, (size,))
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self(inputs).float(), targets)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gmixout_optim.bench.models.workload import Workload
+from gmixout_optim.bench.models.workload import ImageClassifier
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,9 @@ class Block(nn.Module):
         return transformed
 
 
-class VisionTransformer(Workload):
+class VisionTransformer(ImageClassifier):
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config.image, config.classes)
         length = (config.image // config.patch) ** 2 + 1
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.conv_proj = nn.Conv2d(3, config.width, config.patch, config.patch)
@@ -70,13 +69,6 @@ class VisionTransformer(Workload):
         first = self.class_token.expand(len(patches), -1, -1)
         logits: Tensor = self.head(self.encoder(torch.cat([first, patches], 1))[:, 0])
         return logits
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        images = torch.randn(size, 3, self.config.image, self.config.image)
-        return images, torch.randint(self.config.classes, (size,))
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self(inputs).float(), targets)
 
 
 class Encoder(nn.Module):
