@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +28,16 @@ def wrap(model: nn.Module, grad_layout: str = "packed", **settings: Any) -> GMix
     base = torch.optim.AdamW(model.named_parameters(), lr=0.01)
     settings = {"exclude": "head.*", "mask_prob": 0.6, "resample_every": 3, **settings}
     return GMixoutOptimizer(base, grad_layout=grad_layout, **settings)
+
+
+def assert_alike(run: Callable[[nn.Module, GMixoutOptimizer], Any], **settings: Any) -> None:
+    """``run`` on a fresh model gives the same, the same weights and the same state dict with both kinds of gradients."""
+    sides = []
+    for grad_layout in ("dense", "packed"):
+        model = small_model()
+        optimizer = wrap(model, grad_layout, **settings)
+        sides.append((run(model, optimizer), weights(model), optimizer.state_dict()))
+    assert_equal(*sides)
 
 
 def is_packed(param: Tensor) -> bool:
@@ -82,13 +93,7 @@ def test_equals_dense_gradients_bit_for_bit(case: Case, data: st.DataObject) -> 
 
 
 def test_a_model_is_trained_as_with_dense_gradients() -> None:
-    runs = []
-    for grad_layout in ("dense", "packed"):
-        model = small_model()
-        optimizer = wrap(model, grad_layout)
-        losses = train(model, optimizer, range(8))
-        runs.append((losses, weights(model), optimizer.state_dict()))
-    assert_equal(*runs)
+    assert_alike(lambda model, optimizer: train(model, optimizer, range(8)))
 
 
 def test_dense_gradients_are_freed_while_backward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,17 +299,15 @@ def test_gradients_of_an_episode_that_has_ended_are_refused() -> None:
 
 def test_zero_is_a_gradient_in_every_episode() -> None:
     """Weight decay goes on, as with dense zeros."""
-    models = []
-    for grad_layout in ("dense", "packed"):
-        model = small_model()
-        optimizer = wrap(model, grad_layout, sampler="bernoulli")
+
+    def run(model: nn.Module, optimizer: GMixoutOptimizer) -> None:
         loss_of(model, 0).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         optimizer.resample()
         optimizer.step()
-        models.append(weights(model))
-    assert_equal(*models)
+
+    assert_alike(run, sampler="bernoulli")
 
 
 def test_another_optimizer_around_the_same_parameters_takes_over() -> None:
@@ -362,25 +365,21 @@ def test_consolidate_leaves_plain_parameters() -> None:
 
 def test_nothing_is_read_from_the_model_before_the_first_step() -> None:
     """A trial backward, then other weights are loaded."""
-    models = []
-    for grad_layout in ("dense", "packed"):
-        model = small_model()
-        optimizer = wrap(model, grad_layout)
+
+    def run(model: nn.Module, optimizer: GMixoutOptimizer) -> None:
         loss_of(model, 0).backward()
         optimizer.zero_grad()
         model.load_state_dict(small_model(seed=3).state_dict())
         train(model, optimizer, range(4))
-        models.append(weights(model))
-    assert_equal(*models)
+
+    assert_alike(run)
 
 
 @pytest.mark.parametrize("move_on", ["resample", "resync", "load"])
 def test_an_episode_that_ends_before_its_first_step(move_on: str) -> None:
     """What backward drew for it is not used in the next."""
-    models = []
-    for grad_layout in ("dense", "packed"):
-        model = small_model()
-        optimizer = wrap(model, grad_layout)
+
+    def run(model: nn.Module, optimizer: GMixoutOptimizer) -> None:
         loss_of(model, 0).backward()
         optimizer.zero_grad()
         if move_on == "load":
@@ -392,8 +391,8 @@ def test_an_episode_that_ends_before_its_first_step(move_on: str) -> None:
         else:
             getattr(optimizer, move_on)()
         train(model, optimizer, range(4, 8))
-        models.append(weights(model))
-    assert_equal(*models)
+
+    assert_alike(run)
 
 
 def test_a_model_that_is_moved_between_backward_and_step() -> None:
@@ -478,19 +477,16 @@ def test_groups_that_are_added_later() -> None:
 
 
 def test_a_closure() -> None:
-    models = []
-    for grad_layout in ("dense", "packed"):
-        model = small_model()
-        optimizer = wrap(model, grad_layout)
-
-        def closure(model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+    def run(model: nn.Module, optimizer: GMixoutOptimizer) -> list[float]:
+        def closure() -> Tensor:
             optimizer.zero_grad()
             loss = loss_of(model, 3)
             loss.backward()
             return loss
 
-        models.append(([float(optimizer.step(closure).detach()) for _ in range(7)], weights(model)))
-    assert_equal(*models)
+        return [float(optimizer.step(closure).detach()) for _ in range(7)]
+
+    assert_alike(run)
 
 
 def test_a_graph_of_the_gradient_stays_whole() -> None:
