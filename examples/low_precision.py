@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,8 @@ WRAPPED = [
     Training("bfloat16, nearest", torch.bfloat16, wrapped=True, line=":"),
     Training("bfloat16, stochastic", torch.bfloat16, True, stochastic_rounding=True, line="--"),
 ]
+PANELS = {"AdamW": ALONE, "AdamW + GMixout": WRAPPED}
+COLOURS = ("#cf5f36", "#1f77b4")
 
 
 def make_optimizer(
@@ -73,7 +76,7 @@ def make_optimizer(
 def loss_on(model: nn.Module, images: Images) -> float:
     """Cross-entropy on the training images as they are, of the weights that would be deployed."""
     logits = predict(model, images)
-    return float(F.cross_entropy(logits.float(), images.labels))
+    return float(F.cross_entropy(logits, images.labels))
 
 
 class InPrecision(nn.Module):
@@ -106,10 +109,8 @@ def train(
         loss.backward()
         optimizer.step()
         if step % settings.resample_every == 0:
-            if isinstance(optimizer, GMixoutOptimizer):
-                with optimizer.eval_weights():
-                    losses.append(loss_on(model, images))
-            else:
+            wrapped = isinstance(optimizer, GMixoutOptimizer)
+            with optimizer.eval_weights() if wrapped else nullcontext():
                 losses.append(loss_on(model, images))
     return losses
 
@@ -118,9 +119,7 @@ def draw(
     path: Path, curves: dict[str, dict[str, list[list[float]]]], settings: argparse.Namespace
 ) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    for axes, (title, colour, trainings) in zip(
-        panels, (("AdamW", "#cf5f36", ALONE), ("AdamW + GMixout", "#1f77b4", WRAPPED)), strict=True
-    ):
+    for axes, (title, trainings), colour in zip(panels, PANELS.items(), COLOURS, strict=True):
         axes.grid(color="#e8e8e8", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         for training in trainings:
@@ -160,7 +159,7 @@ def main() -> None:
     )
     start = Classifier(backbone, head)
     curves: dict[str, dict[str, list[list[float]]]] = {}
-    for title, trainings in (("AdamW", ALONE), ("AdamW + GMixout", WRAPPED)):
+    for title, trainings in PANELS.items():
         for training in trainings:
             runs = [
                 train(start, training, images, settings, seed) for seed in range(settings.seeds)
@@ -170,7 +169,8 @@ def main() -> None:
             print(f"{title:<16} {training.name:<22} loss {first:.3f} to {last:.3f}")
     draw(settings.output / "low_precision.png", curves, settings)
     numbers = {"settings": {**vars(settings), "output": None}, "losses": curves}
-    (settings.output / "low_precision.json").write_text(json.dumps(numbers, indent=1))
+    text = json.dumps(numbers, indent=1).encode()
+    write_atomically(settings.output / "low_precision.json", lambda file: file.write(text))
 
 
 if __name__ == "__main__":
