@@ -166,8 +166,14 @@ class Layout(ABC):
 
     def active_gradient(self, tensor: MixedTensor, grad: Tensor) -> Tensor:
         """The part of a gradient on the active cells, packed."""
-        (active,) = mixing.gather([tensor.view(grad)], [self.slot(tensor).index])
+        (active,) = mixing.gather([tensor.view(grad)], [self.index_of(tensor)])
         return active
+
+    def index_of(self, tensor: MixedTensor) -> Tensor:
+        """Where the active cells lie. Of a tensor without slot nothing else is read, and it stays without."""
+        if tensor in self.slots:
+            return self.slot(tensor).index
+        return tensor.address(self.draws.cells(tensor))
 
     def restore(self, slots: dict[MixedTensor, Slot]) -> None:
         """Take the slots of a checkpoint."""

@@ -185,12 +185,11 @@ class PackedLayout(Layout):
         self._indices.clear()
 
     def index_of(self, tensor: MixedTensor) -> Tensor:
-        """Where the active cells lie; of a tensor without slot too, of which nothing else is read."""
-        if tensor in self.slots:
-            return self.slot(tensor).index
         index = self._indices.get(tensor)
-        if index is None or index.device != tensor.param.device:
-            index = self._indices[tensor] = tensor.address(self.draws.cells(tensor))
+        if tensor in self.slots or index is None or index.device != tensor.param.device:
+            index = super().index_of(tensor)
+        if tensor not in self.slots:
+            self._indices[tensor] = index
         return index
 
     def packed_from(self, tensor: MixedTensor, grad: Tensor) -> Tensor:

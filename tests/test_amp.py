@@ -125,3 +125,20 @@ def test_clipping_gradients_that_are_small_enough_leaves_them() -> None:
     gradients = [param.grad.clone() for param in model.parameters()]
     optimizer.clip_grad_norm_(1e6)
     assert_equal(gradients, [param.grad for param in model.parameters()])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clipping_before_the_first_step_reads_gradients_alone(layout: str) -> None:
+    """What is saved after it loads, and weights that are loaded after it are seen."""
+    models = []
+    for clips in (True, False):
+        model = small_model()
+        optimizer = wrap(model, **LAYOUTS[layout])
+        loss_of(model, 0).backward()
+        if clips:
+            optimizer.clip_grad_norm_(1e6)
+            optimizer.load_state_dict(optimizer.state_dict())
+        model.load_state_dict(small_model(seed=3).state_dict())
+        train(model, optimizer, range(4))
+        models.append(weights(model))
+    assert_equal(*models)
