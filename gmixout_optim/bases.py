@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -76,6 +77,46 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
         post_hook(base, args, kwargs)
     mark_stepped(base)
     return loss
+
+
+def has_rates(base: Optimizer) -> bool:
+    """Whether parameters of one group could be stepped at different learning rates."""
+    return type(base) not in _SHARED_STATE
+
+
+def scaled_lr(lr: Any, scale: float) -> Any:
+    """A group's learning rate, a number or a tensor, times ``scale``; anything else as it is."""
+    is_rate = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
+    return lr * scale if is_rate and scale != 1 else lr
+
+
+@contextmanager
+def scaled_rates(base: Optimizer, scales: dict[Tensor, float]) -> Iterator[None]:
+    """Inside the block these parameters train with so many times their group's learning rate.
+
+    A group that holds parameters of several scales is shown to the base as so many groups.
+    """
+    groups = base.param_groups
+    kept = [(group, {key: group[key] for key in ("params", "lr") if key in group}) for group in groups]
+    try:
+        base.param_groups = []
+        for group, own in kept:
+            by_scale: dict[float, list[Tensor]] = {}
+            for param in own["params"]:
+                by_scale.setdefault(scales.get(param, 1.0), []).append(param)
+            for number, (scale, params) in enumerate(by_scale.items()):
+                shown = group if number == 0 else {**group, **own}
+                shown["params"] = params
+                if "lr" in own:
+                    shown["lr"] = scaled_lr(own["lr"], scale)
+                base.param_groups.append(shown)
+            if not by_scale:
+                base.param_groups.append(group)
+        yield
+    finally:
+        base.param_groups = groups
+        for group, own in kept:
+            group.update(own)
 
 
 def mark_stepped(base: Optimizer) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import ELEMENTWISE, keeps_state, step_is_its_own
+from gmixout_optim.bases import ELEMENTWISE, keeps_state, scaled_lr, step_is_its_own
 from gmixout_optim.layout import Draws, Row, columns
 from gmixout_optim.mixed_tensor import MixedTensor
 from gmixout_optim.packed_gradient import PackedGradient
@@ -73,7 +73,7 @@ class BatchedStep:
     def step(self, rows: list[Row]) -> None:
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
         for group, own in self.by_group(rows):
-            options = {key: group[key] for key in self.base.defaults}
+            options = self.options(group, own)
             for batch in _cached_batches(own):
                 packed_step(*self.columns(batch), plain=plain, options=options)
 
@@ -85,6 +85,11 @@ class BatchedStep:
         for group in self.base.param_groups:
             if id(group) in own:
                 yield group, own[id(group)]
+
+    def options(self, group: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+        """The base's options for rows of a group, which have one ``lr_scale``."""
+        options = {key: group[key] for key in self.base.defaults}
+        return {**options, "lr": scaled_lr(options["lr"], rows[0][0].lr_scale)}
 
     def columns(self, rows: list[Row]) -> Columns:
         state = self.base.state

@@ -160,6 +160,8 @@ def _up_to_date(group: Any) -> Any:
     run = group[KEY]
     if run.get("version") == 1:
         run = {**run, "version": 2, "stochastic_rounding": False}
+    if run.get("version") == 2:
+        run = {**run, "version": 3, "lr_scale": 1.0}
     return {**group, KEY: run}
 
 

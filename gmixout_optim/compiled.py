@@ -104,7 +104,7 @@ class Compiler:
             ]
             for key, places in _batches(own, keys):
                 batch = _pick(places, *given)
-                options = self._options(group, foreach=is_launched(own[places[0]][0].param))
+                options = self._options(group, own, is_launched(own[places[0]][0].param))
                 made_for = (plain, form_of_options(options, numbers=True), key, len(places))
                 try:
                     _kernel(packed_step, made_for)(*batch, plain=plain, options=options)
@@ -128,14 +128,14 @@ class Compiler:
         # elements are those of biases and the like, too few to be worth a call.
         return bool(self.wanted) and tensor.width == 1 and tensor.granularity != "row"
 
-    def _options(self, group: dict[str, Any], foreach: bool) -> dict[str, Any]:
+    def _options(self, group: dict[str, Any], rows: list[Row], foreach: bool) -> dict[str, Any]:
         """A group's options as compiled code takes them.
 
         They choose a form of the step without branches on values, which can be fused with gather and scatter: the
         plain one, or that for all tensors at once, of which the compiler makes few kernels. A float lr goes into a
         tensor: as a number it would compile again with every change.
         """
-        options = {key: group[key] for key in self.base.defaults}
+        options = self.batched.options(group, rows)
         chosen = {"fused": False, "foreach": foreach, "capturable": True}
         options.update({key: value for key, value in chosen.items() if key in options})
         if not isinstance(options["lr"], Tensor):

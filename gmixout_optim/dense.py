@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import Closure, enter_step, fill_, renew_state
+from gmixout_optim.bases import Closure, enter_step, fill_, renew_state, scaled_rates
 from gmixout_optim.layout import Layout, Slot, check_gradient, fitting, form_of, placement_of
 from gmixout_optim.mixed_tensor import MixedTensor
 
@@ -67,7 +67,8 @@ class _WholeParameters(Layout):
 
         try:
             lend()
-            loss = enter_step(self.base, None if closure is None else evaluate)
+            with scaled_rates(self.base, {tensor.param: tensor.lr_scale for tensor in tensors}):
+                loss = enter_step(self.base, None if closure is None else evaluate)
             take_back()
         except BaseException:
             for tensor, value in values.items():

@@ -49,6 +49,7 @@ class MixedTensor:
         mask_prob: p.
         granularity: as it was asked for.
         rescale: whether the model sees what is learned s = 1 / (1 - p) times as large.
+        lr_scale: how many times the group's learning rate it trains with.
         cells, width: number of cells, and elements in each.
     """
 
@@ -59,6 +60,7 @@ class MixedTensor:
     mask_prob: float
     granularity: Granularity
     rescale: bool
+    lr_scale: float
     cells: int = field(init=False)
     width: int = field(init=False)
 

@@ -116,6 +116,7 @@ class GMixoutOptimizer(Optimizer):
         anchor_decay: float = 0.9,
         residual: settings.Residual = "episodic",
         rescale: bool = False,
+        lr_scale: float | None = None,
         granularity: Granularity = "element",
         sampler: Sampler = "stratified",
         layout: settings.LayoutName = "auto",
@@ -131,6 +132,7 @@ class GMixoutOptimizer(Optimizer):
             base=type(base).__name__,
             residual=residual,
             rescale=rescale,
+            lr_scale=lr_scale,
             sampler=sampler,
             layout=layout,
             carry_state=carry_state,
@@ -153,7 +155,7 @@ class GMixoutOptimizer(Optimizer):
 
         mixed = self._find_mixed(base.param_groups, first_number=0)
         self.run["layout"] = settings.resolve_layout(
-            base, layout, residual, [tensor.param for tensor in mixed]
+            base, self.run, [tensor.param for tensor in mixed]
         )
         # Mixed tensors whose gradients are to be packed once there are any: frozen ones, and all after consolidate().
         self._unpacked: set[MixedTensor] = set()
@@ -184,7 +186,7 @@ class GMixoutOptimizer(Optimizer):
 
         ``kwargs`` are those of the class and override these.
         """
-        masking = {"resample_every": None, "anchor_decay": 0.0}
+        masking = {"resample_every": None, "anchor_decay": 0.0, "lr_scale": 1.0}
         return cls(base, mask_prob=mask_prob, **{**masking, **kwargs})
 
     # One truth for hyperparameters and state, see __init__.
@@ -426,12 +428,7 @@ class GMixoutOptimizer(Optimizer):
             proposed["param_names"] = [param[0] for param in params]
         count = sum(len(group["params"]) for group in self.param_groups)
         mixed = self._find_mixed([proposed], first_number=count)
-        settings.resolve_layout(
-            self.base,
-            self.run["layout"],
-            self.run["residual"],
-            [tensor.param for tensor in mixed],
-        )
+        settings.resolve_layout(self.base, self.run, [tensor.param for tensor in mixed])
         warn_of_fresh_layers(mixed)
         self.base.add_param_group(param_group)
         for tensor in mixed:
@@ -522,6 +519,7 @@ class GMixoutOptimizer(Optimizer):
                             own["mask_prob"],
                             own["granularity"],
                             self.run["rescale"],
+                            settings.lr_scale_of(self.run, self.base, own["mask_prob"]),
                         )
                     )
                 number += 1

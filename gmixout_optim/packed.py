@@ -20,6 +20,7 @@ from gmixout_optim.bases import (
     mark_stepped,
     per_cell_state,
     renew_state,
+    scaled_rates,
 )
 from gmixout_optim.batched import BatchedStep, used_gradients, write
 from gmixout_optim.compiled import Compiler, draw
@@ -255,7 +256,8 @@ class PackedLayout(Layout):
                 base.state = defaultdict(
                     dict, {lent.get(key, key): value for key, value in state.items()}
                 )
-            yield
+            with scaled_rates(base, {slot.value: tensor.lr_scale for tensor, slot in trained}):
+                yield
         finally:
             if lent:
                 returned = {owner.get(key, key): value for key, value in base.state.items()}

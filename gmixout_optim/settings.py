@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED, has_modes
+from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED, has_modes, has_rates
 from gmixout_optim.index_sets import MAX_CELLS, SAMPLERS
 from gmixout_optim.layout import KEY
 from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
@@ -21,7 +22,7 @@ LayoutName = Literal["auto", "packed", "dense"]
 GradLayout = Literal["dense", "packed"]
 
 # Of the state dict's format.
-VERSION = 2
+VERSION = 3
 
 
 def check_mask_prob(value: Any) -> float:
@@ -72,6 +73,30 @@ def check_resample_every(value: Any) -> int | None:
     return value
 
 
+def check_lr_scale(value: Any) -> float | None:
+    if value is None:
+        return None
+    _check_number("lr_scale", value)
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"lr_scale must be a positive number, got {value!r}: active weights train with so many times their group's "
+            "learning rate; None chooses it by mask_prob"
+        )
+    return float(value)
+
+
+def lr_scale_of(run: dict[str, Any], base: Optimizer, mask_prob: float) -> float:
+    """How many times its group's learning rate a mixed tensor trains with."""
+    if run["lr_scale"] is not None:
+        scale: float = run["lr_scale"]
+        return scale
+    # Rescaling and the persistent residual keep what is learned as large as it is.
+    as_large = run["rescale"] or run["residual"] == "persistent"
+    if as_large or not has_rates(base):
+        return 1.0
+    return float((1 - mask_prob) ** -0.5)
+
+
 def check_seed(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"seed must be an int, got {value!r} of type {type(value).__name__}")
@@ -113,6 +138,7 @@ def check_run(
     base: str,
     residual: Any,
     rescale: Any,
+    lr_scale: Any,
     sampler: Any,
     layout: Any,
     carry_state: Any,
@@ -126,6 +152,7 @@ def check_run(
         "base": base,
         "residual": _check_choice("residual", residual, get_args(Residual)),
         "rescale": check_flag("rescale", rescale),
+        "lr_scale": check_lr_scale(lr_scale),
         "sampler": _check_choice("sampler", sampler, SAMPLERS),
         "layout": _check_choice("layout", layout, get_args(LayoutName)),
         "carry_state": check_flag("carry_state", carry_state),
@@ -204,9 +231,10 @@ def check_groups_still_fit(
             )
 
 
-def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[Tensor]) -> str:
+def resolve_layout(base: Optimizer, run: dict[str, Any], mixed: Sequence[Tensor]) -> str:
     """``"packed"`` or ``"dense"`` for ``"auto"``; an error for what cannot work."""
-    kind, name = type(base), type(base).__name__
+    layout: str = run["layout"]
+    kind, name, lr_scale = type(base), type(base).__name__, run["lr_scale"]
     if mixed and any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(
             f"base={name} has differentiable=True: a step on mixed parameters cannot be differentiated through"
@@ -215,6 +243,11 @@ def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[
         raise ValueError(
             f"base={name} has train() and eval(): it keeps weights of its own to evaluate, and which of the two would be "
             "deployed is not defined; use it alone, or wrap an optimizer without them"
+        )
+    if mixed and lr_scale not in (None, 1) and not has_rates(base):
+        raise ValueError(
+            f"lr_scale={lr_scale!r} does not fit base={name}, which steps all weights at one rate: leave it out, and set "
+            "the base's lr"
         )
     if mixed and kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")
@@ -227,7 +260,7 @@ def resolve_layout(base: Optimizer, layout: str, residual: str, mixed: Sequence[
         raise TypeError(
             "layout='packed' does not take complex parameters: use layout='dense', or exclude them"
         )
-    if residual == "persistent":
+    if run["residual"] == "persistent":
         # Its coordinates are all of U, whatever the optimizer: there is nothing to pack.
         return "dense"
     if layout == "auto":

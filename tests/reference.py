@@ -47,16 +47,20 @@ PER_WEIGHT = frozenset(
 )
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 
+# The learning rate of mixed tensors is (1 - p) ** -RATE_POWER times the others', unless it is given.
+RATE_POWER = 0.5
+
 # What a fresh optimizer has there, where that is not zero: its hyperparameter of this name.
 FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 
 @dataclass
 class Mix:
-    """How one tensor is mixed. p = 0: not at all."""
+    """How one tensor is mixed, and with how many times its learning rate. p = 0: not at all."""
 
     p: float
     lam: float
+    rate: float = 1.0
 
 
 class Reference:
@@ -359,6 +363,7 @@ def scenarios(
             anchor_decay=draw(decays),
             residual=draw(st.sampled_from(residuals)),
             rescale=draw(flags),
+            lr_scale=None if case.closure else draw(st.sampled_from([None, 1.0, 0.5, 3.0])),
             granularity=draw(granularities),
             sampler=draw(st.sampled_from(["stratified", "bernoulli"])),
             layout=layout,
@@ -406,6 +411,20 @@ class Trial:
         ]
         return self.scenario.case(groups)
 
+    def make_reference_base(self, tensors: list[Tensor]) -> Optimizer:
+        """The same with a group for each tensor, at the learning rate that it trains with."""
+        together = self.make_base(tensors)
+        if self.scenario.case.closure:
+            return together
+        rates = dict(zip(tensors, [mix.rate for mix in self.mixes], strict=True))
+        return self.scenario.case(
+            [
+                {**group, "params": [param], "lr": group["lr"] * rates[param]}
+                for group in together.param_groups
+                for param in group["params"]
+            ]
+        )
+
     @property
     def mixes(self) -> list[Mix]:
         """p and lam of each tensor, from the scenario alone."""
@@ -415,8 +434,18 @@ class Trial:
             for spec in specs:
                 excluded = settings["exclude"] and spec.name.startswith("head")
                 p = 0.0 if excluded else own.get("mask_prob", settings["mask_prob"])
-                mixes.append(Mix(p, own.get("anchor_decay", settings["anchor_decay"])))
+                lam = own.get("anchor_decay", settings["anchor_decay"])
+                mixes.append(Mix(p, lam, self._rate(p)))
         return mixes
+
+    def _rate(self, p: float) -> float:
+        settings = self.scenario.settings
+        if p == 0 or self.scenario.case.name == "LBFGS":
+            return 1.0
+        if settings["lr_scale"] is not None:
+            return settings["lr_scale"]
+        as_large = settings["rescale"] or settings["residual"] == "persistent"
+        return 1.0 if as_large else (1 - p) ** -RATE_POWER
 
     @property
     def mixed(self) -> list[Tensor]:
@@ -437,7 +466,7 @@ class Trial:
         settings = self.scenario.settings
         return Reference(
             self.pretrained,
-            self.make_base,
+            self.make_reference_base,
             self.mixes,
             self.masks,
             k=settings["resample_every"],

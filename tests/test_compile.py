@@ -162,7 +162,7 @@ def test_unmixed_parameters_and_groups_step_too() -> None:
     def build(compile: bool) -> tuple[list[nn.Parameter], GMixoutOptimizer]:
         params = parameters()
         groups = [
-            {"params": [("a", params[0]), ("head", params[3])], "lr": 0.1},
+            {"params": [("a", params[0]), ("head", params[3])], "lr": 0.03},
             {"params": [("b", params[1]), ("c", params[2])], "weight_decay": 0.3},
             {"params": [("plain", params[4])], "mask_prob": 0.0},
         ]

@@ -175,6 +175,7 @@ def run_on(case: Case, shapes: list[tuple[int, ...]], steps: int = 6, **changes:
         anchor_decay=0.5,
         residual="episodic",
         rescale=False,
+        lr_scale=1.0,
         carry_state=False,
     )
     settings.update({key: value for key, value in changes.items() if key not in own})

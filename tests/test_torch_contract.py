@@ -224,7 +224,7 @@ def test_a_base_that_has_stepped_is_taken_over() -> None:
         base, reference = case(model.parameters()), case(reference_model.parameters())
         train(model, base, range(3))
         train(reference_model, reference, range(3))
-        optimizer = GMixoutOptimizer(base, resample_every=None, mask_prob=0.5)
+        optimizer = GMixoutOptimizer(base, resample_every=None, mask_prob=0.5, lr_scale=1.0)
         grads = [torch.ones_like(param) for param in model.parameters()]
         for of, opt in ((model, optimizer), (reference_model, reference)):
             for param, grad in zip(of.parameters(), grads, strict=True):
