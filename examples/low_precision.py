@@ -67,6 +67,7 @@ def make_optimizer(
         torch.optim.AdamW(params, lr=settings.lr),
         resample_every=settings.resample_every,
         anchor_decay=settings.anchor_decay,
+        lr_scale=1.0,  # the smallest steps: what low precision loses is seen best
         grad_layout="packed",
         stochastic_rounding=training.stochastic_rounding,
         seed=seed,

@@ -97,7 +97,9 @@ def scaled_rates(base: Optimizer, scales: dict[Tensor, float]) -> Iterator[None]
     A group that holds parameters of several scales is shown to the base as so many groups.
     """
     groups = base.param_groups
-    kept = [(group, {key: group[key] for key in ("params", "lr") if key in group}) for group in groups]
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (group, {key: group[key] for key in ("params", "lr") if key in group}) for group in groups
+    ]
     try:
         base.param_groups = []
         for group, own in kept:

@@ -57,15 +57,19 @@ class GMixoutOptimizer(Optimizer):
         exclude (str or sequence of str): glob patterns of parameter names that are not mixed, such as
             ``"head.*"``. The base must have been built from ``model.named_parameters()`` (default: none)
         resample_every (int, optional): k, the length of an episode in optimizer steps; None for one episode
-            without end (default: 100)
+            without end (default: 10)
         anchor_decay (float): lambda in [0, 1], the weight of the old anchor in its moving average; 1 keeps the
             pretrained weights as anchor, 0 takes all that was learned. A group with the key ``anchor_decay`` has
-            its own, which may change while training (default: 0.9)
+            its own, which may change while training (default: 0.8)
         residual (str): ``"episodic"``: what an episode learned moves into the anchor at its end (GMixout);
             ``"persistent"``: the learned weights are kept whole beside the anchor, and each mask shows
             a part of them (Mixout) (default: "episodic")
         rescale (bool): Mixout's inverted scaling: the model computes with A + (phi - A) / (1 - p), where the
             base trains phi (default: False)
+        lr_scale (float, optional): mixed weights train with so many times their group's ``lr``; parameters that are not
+            mixed keep it, and so does the group. None for 1 / (1 - p), with which a weight that is active in a share
+            1 - p of the steps goes as far as the base alone would take it; for 1 with ``rescale``, the persistent
+            residual, and LBFGS, which has one rate for all (default: None)
         granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output row or filter),
             or a number of consecutive elements; a tensor that the number does not divide falls back to elements.
             A group with the key ``granularity`` has its own (default: "element")
@@ -112,8 +116,8 @@ class GMixoutOptimizer(Optimizer):
         *,
         mask_prob: float = 0.9,
         exclude: str | Sequence[str] = (),
-        resample_every: int | None = 100,
-        anchor_decay: float = 0.9,
+        resample_every: int | None = 10,
+        anchor_decay: float = 0.8,
         residual: settings.Residual = "episodic",
         rescale: bool = False,
         lr_scale: float | None = None,

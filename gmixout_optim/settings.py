@@ -94,7 +94,7 @@ def lr_scale_of(run: dict[str, Any], base: Optimizer, mask_prob: float) -> float
     as_large = run["rescale"] or run["residual"] == "persistent"
     if as_large or not has_rates(base):
         return 1.0
-    return float((1 - mask_prob) ** -0.5)
+    return 1 / (1 - mask_prob)
 
 
 def check_seed(value: Any) -> int:

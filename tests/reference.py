@@ -48,7 +48,7 @@ PER_WEIGHT = frozenset(
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 
 # The learning rate of mixed tensors is (1 - p) ** -RATE_POWER times the others', unless it is given.
-RATE_POWER = 0.5
+RATE_POWER = 1.0
 
 # What a fresh optimizer has there, where that is not zero: its hyperparameter of this name.
 FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}

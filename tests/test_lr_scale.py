@@ -55,8 +55,8 @@ def test_is_a_larger_learning_rate(case: Case, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_by_default_follows_from_mask_prob(layout: str) -> None:
-    """1 / sqrt(1 - p) in each group; with the persistent residual or rescaling 1."""
-    cases = [(0.75, 2.0), (0.9, (1 - 0.9) ** -0.5), (0.0, 1.0)]
+    """1 / (1 - p) in each group; with the persistent residual or rescaling 1."""
+    cases = [(0.75, 4.0), (0.9, 1 / (1 - 0.9)), (0.0, 1.0)]
     for settings in (LAYOUTS[layout], dict(LAYOUTS[layout], rescale=True)):
         models = []
         for given in (False, True):
@@ -126,6 +126,6 @@ def test_a_learning_rate_in_a_tensor_is_scaled_and_kept() -> None:
 def test_lbfgs_has_one_rate_for_all() -> None:
     model = small_model()
     base = torch.optim.LBFGS(model.parameters())
-    with pytest.raises(ValueError, match="lr_scale=2.0.*LBFGS"):
+    with pytest.raises(ValueError, match=r"lr_scale=2\.0.*LBFGS"):
         GMixoutOptimizer(base, lr_scale=2.0)
     GMixoutOptimizer(base)
