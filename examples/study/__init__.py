@@ -1,0 +1,1 @@
+"""The robustness study: which way of fine-tuning keeps what a pretrained model knows."""

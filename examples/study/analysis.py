@@ -1,0 +1,149 @@
+"""The study in numbers: rows of tables, intervals, paired differences; all from the results file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from study.plan import FULL, Results, Row, Scope, chosen_share, final_settings
+
+# Two-sided 95 % points of Student's t, by degrees of freedom from 1.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+MEASURES = ("id", "ood", "corruption")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A line of a table: models that differ in the seed alone.
+
+    Attributes:
+        measured: what was measured of them, in the order of the seeds.
+        rows: the cells that they come from.
+        runs: trainings that one such model takes, tuning not counted.
+    """
+
+    name: str
+    measured: list[dict[str, object]]
+    rows: list[Row]
+    runs: int
+
+    def values(self, what: str) -> list[float]:
+        """By seed."""
+        return [float(each[what]) for each in self.measured]  # type: ignore[arg-type]
+
+    def mean(self, what: str) -> float:
+        """Over seeds."""
+        return mean(self.values(what))
+
+    def interval(self, what: str) -> float | None:
+        """Half of the 95 % confidence interval over seeds; None for a single one."""
+        values = self.values(what)
+        return _half_width(values) if len(values) > 1 else None
+
+
+# Rows of the final tables: name, the cell's row in `final_settings`, the model in it, trainings.
+_LINES: tuple[tuple[str, str, str, int], ...] = (
+    ("full fine-tuning", "fine_tuning", "final", 1),
+    ("LP-FT", "pool", "final", 1),
+    ("L2-SP", "l2_sp", "final", 1),
+    ("weight EMA", "pool", "ema", 1),
+    ("WiSE-FT", "pool", "wise", 1),
+    ("uniform soup", "pool", "uniform soup", 4),
+    ("greedy soup", "pool", "greedy soup", 4),
+    ("LoRA", "lora", "final", 1),
+    ("random masking", "random_masking", "final", 1),
+    ("Mixout", "mixout", "final", 1),
+    ("High-rate Mixout", "high_rate_mixout", "final", 1),
+    ("GMixout, one line", "gmixout, defaults", "final", 1),
+    ("GMixout", "gmixout", "final", 1),
+    ("GMixout + WiSE-FT", "gmixout", "wise", 1),
+)
+NAMES = ("linear probe", *(line[0] for line in _LINES))
+
+
+def models(
+    results: Results, task: str, stage: str = "final", scope: Scope = FULL
+) -> dict[str, Model]:
+    """The lines of a task's table, as far as all of their seeds were run.
+
+    Args:
+        task: whose settings were chosen, "A" or "B".
+        stage: "final", or "imbalance" for the long-tailed training set.
+    """
+    where = f"{task} long-tailed" if stage == "imbalance" else task
+    found: dict[str, Model] = {}
+    for row in results.of(task=where, stage=stage, method="pretrained"):
+        found["linear probe"] = Model("linear probe", [row["models"]["final"]], [row], 0)
+    settings = final_settings(results, task, scope)
+    for name, source, kind, runs in _LINES:
+        if source not in settings:
+            continue
+        method, choice = settings[source]
+        rows = results.of(task=where, stage=stage, method=method, settings=choice)
+        model = _kind(results, task, source, kind, scope)
+        rows = sorted((row for row in rows if model in row["models"]), key=_seed)
+        if rows:
+            found[name] = Model(name, [row["models"][model] for row in rows], rows, runs)
+    return found
+
+
+def curve(results: Results, task: str, line: str, scope: Scope = FULL) -> list[Model]:
+    """WiSE-FT from the linear probe to the models of a line, "LP-FT" or "GMixout"."""
+    lines = models(results, task, scope=scope)
+    end = lines[line]
+    shares = sorted(name for name in end.rows[0]["models"] if name.startswith("wise "))
+    between = [
+        Model(name, [row["models"][name] for row in end.rows], end.rows, 1) for name in shares
+    ]
+    return [lines["linear probe"], *between, end]
+
+
+def difference(a: Model, b: Model, what: str) -> tuple[float, float | None]:
+    """The mean of `a` minus that of `b`, paired by seed and by test emoji.
+
+    Returns:
+        the difference in points and half of its 95 % confidence interval, over seeds and over test
+        emoji together: the two half widths, squared, summed. None where there is one seed only.
+    """
+    if len(b.measured) == 1:
+        b = Model(b.name, b.measured * len(a.measured), b.rows, b.runs)
+    if len(a.measured) == 1:
+        a = Model(a.name, a.measured * len(b.measured), a.rows, a.runs)
+    by_seed = [x - y for x, y in zip(a.values(what), b.values(what), strict=True)]
+    if len(by_seed) == 1:
+        return by_seed[0], None
+    by_emoji = [x - y for x, y in zip(_by_emoji(a, what), _by_emoji(b, what), strict=True)]
+    over_emoji = 1.96 * stdev(by_emoji) / len(by_emoji) ** 0.5
+    return mean(by_seed), (_half_width(by_seed) ** 2 + over_emoji**2) ** 0.5
+
+
+def best_competitor(lines: dict[str, Model], score: Callable[[Model], float]) -> Model:
+    """The best line that is not GMixout's."""
+    return max((model for name, model in lines.items() if "GMixout" not in name), key=score)
+
+
+def _by_emoji(model: Model, what: str) -> list[float]:
+    """Accuracy on each test emoji, over seeds, in %. Styles and corruptions of it are averaged."""
+    counts = [each["by_emoji"][what] for each in model.measured]  # type: ignore[index]
+    most = {"id": 1, "ood": 5, "corruption": 8}[what]
+    return [100 * mean(map(int, digits)) / most for digits in zip(*counts, strict=True)]
+
+
+def _half_width(values: list[float]) -> float:
+    return _T95[len(values) - 2] * stdev(values) / len(values) ** 0.5
+
+
+def _kind(results: Results, task: str, source: str, kind: str, scope: Scope) -> str:
+    """The model's name in its row: WiSE-FT's has the share that was chosen."""
+    if kind != "wise":
+        return kind
+    method = "lp_ft" if source == "pool" else source
+    share = chosen_share(results, task, method, scope.choices)
+    return f"wise {share:g}"
+
+
+def _seed(row: Row) -> int:
+    seed: int = row["cell"]["seed"]
+    return seed

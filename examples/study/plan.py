@@ -1,0 +1,292 @@
+"""Which runs the study is made of, as far as the results so far decide them.
+
+A *cell* is what one process does at a time: a training run (for soups, the runs that are mixed) and
+what is measured of it. The stages:
+
+- tuning: each method with as many settings as any other, one seed, measured on in-distribution
+  validation images alone.
+- final: the settings that won, with seeds that tuning has not seen; everything measured.
+- imbalance: the same settings on a long-tailed training set.
+- why: what the weights do on the way; a cell has all seeds.
+- levers: the bare optimizer, and GMixout around the library's defaults.
+- longer: three times as many steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from study.methods import Settings
+
+Row = dict[str, Any]
+
+TUNING_SEED = 100
+# GMixout is tuned around its defaults (the first), which its levers have shown.
+GMIXOUT: list[Settings] = [
+    {},
+    {"resample_every": 5},
+    {"resample_every": 5, "anchor_decay": 0.5},
+    {"resample_every": 5, "anchor_decay": 0.0, "lr_scale": 3.0},
+]
+LEARNING_RATES = {"A": (1e-4, 2e-4, 4e-4, 8e-4), "B": (3e-5, 6e-5, 1e-4, 2e-4)}
+EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
+WISE_SHARES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part of the study that is run, and stored, as a whole."""
+
+    task: str
+    stage: str
+    method: str  # a key of METHODS, or "pool": LP-FT at several learning rates, and what mixes them
+    settings: Settings
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """What identifies the cell in the results file."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass
+class Results:
+    """The cells that were run: a line of the results file each."""
+
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        """A later row replaces an earlier one of the same cell."""
+        self.rows[Cell(**row["cell"]).key] = row
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell.key in self.rows
+
+    def __getitem__(self, cell: Cell) -> Row:
+        return self.rows[cell.key]
+
+    def of(self, **values: object) -> list[Row]:
+        """Rows whose cell has those values."""
+        return [
+            row
+            for row in self.rows.values()
+            if all(row["cell"][name] == value for name, value in values.items())
+        ]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is run."""
+
+    tasks: tuple[str, ...] = ("B", "A")
+    seeds: int = 5
+    choices: int = 4  # settings that each method is tuned over
+    levers: int | None = None  # lever settings, all by default
+
+
+FULL = Scope()
+TOY = Scope(("toy A",), seeds=2, choices=1, levers=2)
+
+
+def chosen(results: Results, task: str, method: str, choices: int = 4) -> Settings | None:
+    """The settings that won on validation images: by accuracy, then by loss. None: not yet known."""
+    cells = [_tuning(task, method, settings) for settings in grid(task, method)[:choices]]
+    if not cells or any(cell not in results for cell in cells):
+        return None
+    best = max(cells, key=lambda cell: _quality(results[cell]["models"]["final"]))
+    return best.settings
+
+
+def grid(task: str, method: str) -> list[Settings]:
+    """The settings that a method is tuned over, four each."""
+    rates = LEARNING_RATES[_setting(task)]
+    _, medium, high, highest = rates
+    return {
+        "fine_tuning": [{"lr": lr} for lr in rates],
+        "lp_ft": [{"lr": lr, "ema": list(EMA_DECAYS)} for lr in rates],
+        "l2_sp": [{"lr": lr, "strength": s} for lr in (medium, high) for s in (0.03, 0.3)],
+        "lora": [{"lr": lr, "rank": rank} for lr in (3e-4, 1e-3) for rank in (4, 16)],
+        "random_masking": [{"lr": high * times, "mask_prob": 0.9} for times in (1, 3, 6, 10)],
+        "mixout": [{"lr": lr, "mask_prob": p} for lr in (medium, high) for p in (0.3, 0.6)],
+        "high_rate_mixout": [
+            {"lr": lr, "mask_prob": p} for lr in (high, highest) for p in (0.8, 0.9)
+        ],
+        "gmixout": [{"lr": high, **options} for options in GMIXOUT],
+    }[method]
+
+
+TUNED = (
+    "lp_ft",
+    "gmixout",
+    "fine_tuning",
+    "l2_sp",
+    "lora",
+    "random_masking",
+    "mixout",
+    "high_rate_mixout",
+)
+
+
+# Seeds that neither tuning nor the final table has.
+LEVER_SEEDS = {"A": (10, 11, 12), "B": (10, 11)}
+
+
+def levers(task: str) -> list[tuple[str, Settings]]:
+    """The bare optimizer, and GMixout around its defaults at the same learning rate."""
+    lr = LEARNING_RATES[_setting(task)][2]
+    together = [
+        {"lr_scale": scale, "anchor_decay": decay, "resample_every": k}
+        for scale, decays in ((1.0, (0.0,)), (3.0, (0.0, 0.5)), (10.0, (0.5, 0.8, 0.9)))
+        for decay in decays
+        for k in ((5, 20) if scale > 1 else (20,))
+    ]
+    alone: list[Settings] = [
+        {},
+        *({"mask_prob": p} for p in (0.5, 0.8, 0.95, 0.99)),
+        *({"resample_every": k} for k in (1, 2, 5, 20, 50)),
+        *({"anchor_decay": decay} for decay in (0.0, 0.5, 0.9, 0.95)),
+        *({"mask_prob": p, "lr": lr * times} for p in (0.5, 0.9) for times in (0.25, 0.5, 2.0)),
+        {"rescale": True, "anchor_decay": 0.0},
+        {"carry_state": True},
+        {"sampler": "bernoulli"},
+        {"granularity": "row"},
+        {"granularity": 16},
+        {"mixed": "matrices"},
+    ]
+    chosen = [*together, *(alone if _setting(task) == "A" else alone[:1])]
+    return [
+        ("lp_ft", {"lr": lr, "ema": [0.98]}),
+        *(("gmixout", {"lr": lr, **settings}) for settings in chosen),
+    ]
+
+
+def longer(task: str) -> list[tuple[str, Settings]]:
+    """Three times as many steps, at the same learning rate."""
+    lr = LEARNING_RATES[_setting(task)][2]
+    cells: list[tuple[str, Settings]] = [("lp_ft", {"lr": lr, "ema": [0.98]})]
+    cells += [
+        ("gmixout", {"lr": lr, **settings})
+        for settings in (
+            {},
+            {"resample_every": 5},
+            {"resample_every": 5, "anchor_decay": 0.0, "lr_scale": 3.0},
+            {"anchor_decay": 0.5},
+        )
+    ]
+    return [(method, {**settings, "steps": 456}) for method, settings in cells]
+
+
+def why(results: Results, task: str, scope: Scope) -> list[tuple[str, Settings]]:
+    """The methods whose weights are looked at: LP-FT, High-rate Mixout, GMixout as one line."""
+    found = final_settings(results, task, scope)
+    pool, ours = found.get("pool"), found.get("gmixout, defaults")
+    if pool is None or ours is None or "high_rate_mixout" not in found:
+        return []
+    return [("lp_ft", {"lr": pool[1]["lp_ft"]}), found["high_rate_mixout"], ours]
+
+
+def _setting(task: str) -> str:
+    return task.removeprefix("toy ")[0]
+
+
+def _quality(measured: dict[str, Any]) -> tuple[float, float]:
+    return measured["val"], -measured["val_loss"]
+
+
+def _tuning(task: str, method: str, settings: Settings) -> Cell:
+    return Cell(task, "tuning", _trained_as(method), settings, TUNING_SEED)
+
+
+def _trained_as(method: str) -> str:
+    return "mixout" if method == "high_rate_mixout" else method
+
+
+def chosen_ema(results: Results, task: str, choices: int = 4) -> tuple[float, float] | None:
+    """Learning rate and decay of the weight average that won; None: not yet known."""
+    if chosen(results, task, "lp_ft", choices) is None:
+        return None
+    averages = [
+        (measured, settings["lr"], float(name.removeprefix("ema ")))
+        for settings in grid(task, "lp_ft")[:choices]
+        for name, measured in results[_tuning(task, "lp_ft", settings)]["models"].items()
+        if name.startswith("ema ")
+    ]
+    _, lr, decay = max(averages, key=lambda average: _quality(average[0]))
+    return lr, decay
+
+
+def chosen_share(results: Results, task: str, method: str, choices: int = 4) -> float | None:
+    """WiSE-FT's share of the fine-tuned weights that won, with the settings that won without it."""
+    settings = chosen(results, task, method, choices)
+    if settings is None:
+        return None
+    measured = results[_tuning(task, method, settings)]["models"]
+    return max(WISE_SHARES, key=lambda share: _quality(measured[f"wise {share:g}"]))
+
+
+def final_settings(results: Results, task: str, scope: Scope) -> dict[str, tuple[str, Settings]]:
+    """The runs of the final table, by the name of their row, as far as tuning has decided them.
+
+    Returns:
+        how the cell is trained, and its settings.
+    """
+    found: dict[str, tuple[str, Settings]] = {}
+    lp_ft = chosen(results, task, "lp_ft", scope.choices)
+    if lp_ft is not None:
+        ema = chosen_ema(results, task, scope.choices)
+        assert ema is not None
+        found["pool"] = (
+            "pool",
+            {
+                "lrs": [settings["lr"] for settings in grid(task, "lp_ft")[: scope.choices]],
+                "lp_ft": lp_ft["lr"],
+                "ema": list(ema),
+            },
+        )
+        # The line added to the tuned optimizer, and nothing else changed.
+        found["gmixout, defaults"] = "gmixout", {"lr": lp_ft["lr"]}
+    for method in TUNED[1:]:
+        settings = chosen(results, task, method, scope.choices)
+        if settings is not None:
+            found[method] = _trained_as(method), settings
+    return found
+
+
+def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
+    """All cells that can be named now, also those that were run, in the order to run them."""
+    for task in scope.tasks:
+        for method in TUNED:
+            for choice in grid(task, method)[: scope.choices]:
+                yield _tuning(task, method, choice)
+        yield from _seeds(task, "final", final_settings(results, task, scope), scope.seeds)
+    for task in scope.tasks:
+        settings = final_settings(results, task, scope)
+        if _setting(task) == "B":  # a training run takes minutes: the lines that matter
+            settings = {name: settings[name] for name in _FEW if name in settings}
+        yield from _seeds(f"{task} long-tailed", "imbalance", settings, scope.seeds)
+        for method, choice in why(results, task, scope):
+            yield Cell(task, "why", method, choice, scope.seeds)
+        seeds = LEVER_SEEDS[_setting(task)]
+        for seed in seeds if scope.levers is None else seeds[:1]:
+            for method, choice in levers(task)[: scope.levers]:
+                yield Cell(task, "levers", method, choice, seed)
+    for task in scope.tasks:
+        if _setting(task) == "B":
+            for method, choice in longer(task)[: scope.levers]:
+                yield Cell(task, "longer", method, choice, LEVER_SEEDS["B"][0])
+
+
+_FEW = ("pool", "gmixout, defaults", "gmixout")
+
+
+def _seeds(
+    task: str, stage: str, settings: dict[str, tuple[str, Settings]], seeds: int
+) -> Iterator[Cell]:
+    if settings:
+        yield Cell(task, stage, "pretrained", {}, 0)
+    for seed in range(seeds):
+        for method, choice in settings.values():
+            yield Cell(task, stage, method, choice, seed)

@@ -1,0 +1,179 @@
+"""Writes docs/robustness.md and its pictures from the results file.
+
+The page is `robustness.md.in` beside this file, with calls as `{{table B}}` where numbers belong:
+
+    PYTHONPATH=examples python -m study.report
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from study import analysis, plan
+from study.analysis import MEASURES, Model
+from study.plan import Results
+from study.runner import load
+from study.tasks import task as task_named
+
+TEMPLATE = Path(__file__).with_name("robustness.md.in")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "robustness.jsonl"
+PAGE = DOCS / "robustness.md"
+
+
+class Report:
+    """The functions that the page may call. Those that need cells which were not run say so."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+
+    def table(self, task: str, stage: str = "final") -> str:
+        """Accuracies of all methods, with differences to LP-FT."""
+        lines = analysis.models(self.results, task, stage)
+        if "LP-FT" not in lines:
+            return "*Not run yet.*"
+        what = ["id", "many", "medium", "few", "ood"] if stage == "imbalance" else [*MEASURES]
+        heads = {"id": "ID", "ood": "OOD", "corruption": "corrupted"}
+        header = ["method", *(heads.get(each, each) for each in what)]
+        if stage == "final":
+            header += [f"{heads[each]} against LP-FT" for each in MEASURES]
+        rows = []
+        for name, model in lines.items():
+            row = [name, *(_with_interval(model, each) for each in what)]
+            if stage == "final":
+                row += [
+                    "" if name == "LP-FT" else _difference(model, lines["LP-FT"], each)
+                    for each in MEASURES
+                ]
+            rows.append(row)
+        return _markdown(header, rows)
+
+    def costs(self, task: str) -> str:
+        """Time and memory of each method as a share of LP-FT's, and the trainings that it takes."""
+        lines = analysis.models(self.results, task)
+        if "LP-FT" not in lines:
+            return "*Not run yet.*"
+        rows = [
+            [
+                name,
+                str(model.runs),
+                f"{model.runs * _median([row['seconds'] for row in model.rows]) / _seconds(lines):.2f}x",
+                f"{_median([row['optimizer_bytes'] for row in model.rows]) / 1e6:.0f} MB",
+            ]
+            for name, model in lines.items()
+            if model.runs
+        ]
+        return _markdown(["method", "trainings", "time", "kept beside weights and gradients"], rows)
+
+    def against(self, task: str, name: str) -> str:
+        """Paired differences of a line to full fine-tuning, LP-FT and the best competitors."""
+        lines = analysis.models(self.results, task)
+        if name not in lines or "LP-FT" not in lines:
+            return "*Not run yet.*"
+        others = {"full fine-tuning": "full fine-tuning", "LP-FT": "LP-FT"}
+        for what in MEASURES:
+            best = analysis.best_competitor(lines, lambda model, what=what: model.mean(what))  # type: ignore[misc]
+            others.setdefault(best.name, f"{best.name}, the best on {what}")
+        rows = [
+            [words, *(_difference(lines[name], lines[other], each) for each in MEASURES)]
+            for other, words in others.items()
+            if other in lines
+        ]
+        return _markdown([f"{name} against", "ID", "OOD", "corrupted"], rows)
+
+    def value(self, task: str, name: str, what: str, stage: str = "final") -> str:
+        """A mean."""
+        return f"{analysis.models(self.results, task, stage)[name].mean(what):.1f}"
+
+    def minus(self, task: str, name: str, other: str, what: str) -> str:
+        """A paired difference with its interval."""
+        lines = analysis.models(self.results, task)
+        return _difference(lines[name], lines[other], what)
+
+    def tuning(self, task: str) -> str:
+        """What each method was tuned over, and what won."""
+        rows = []
+        for method in plan.TUNED:
+            winner = plan.chosen(self.results, task, method)
+            tried = "; ".join(_words(settings) for settings in plan.grid(task, method))
+            rows.append(
+                [method.replace("_", " "), tried, _words(winner) if winner is not None else ""]
+            )
+        return _markdown(["method", "tried", "chosen"], rows)
+
+    def cells(self) -> str:
+        """How many cells the results file holds."""
+        return str(len(self.results.rows))
+
+    def hours(self) -> str:
+        """Training time of all cells, in hours of one core."""
+        return f"{sum(row.get('seconds', 0) for row in self.results.rows.values()) / 3600:.1f}"
+
+    def classes(self, task: str) -> str:
+        """How many images a long-tailed training set has."""
+        return str(len(task_named(f"{task} long-tailed").train))
+
+
+def render(template: str, results: Results) -> str:
+    """The page: calls in the template replaced by what they return."""
+    report = Report(results)
+
+    def call(match: re.Match[str]) -> str:
+        name, *arguments = [part.strip() for part in match[1].split("|")]
+        function: Callable[..., str] = getattr(report, name)
+        return function(*arguments)
+
+    return re.sub(r"\{\{(.+?)\}\}", call, template)
+
+
+def main() -> None:
+    """Writes page and pictures."""
+    from study import figures
+
+    results = load(RESULTS)
+    PAGE.write_text(render(TEMPLATE.read_text(), results))
+    for name in ("A", "B"):
+        if "LP-FT" in analysis.models(results, name):
+            figures.save(figures.plane(results, name), DOCS / "images" / f"robustness_{name}.png")
+
+
+def _with_interval(model: Model, what: str) -> str:
+    half = model.interval(what)
+    return f"{model.mean(what):.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _difference(a: Model, b: Model, what: str) -> str:
+    """Bold where the interval leaves zero out."""
+    gain, half = analysis.difference(a, b, what)
+    if half is None:
+        return f"{gain:+.1f}"
+    text = f"{gain:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(gain) > half else text
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _words(settings: dict[str, object]) -> str:
+    """Settings as a reader writes them, less what is measured on the way."""
+    shown = {key: value for key, value in settings.items() if key != "ema"}
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in shown.items()
+    )
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _seconds(lines: dict[str, Model]) -> float:
+    return _median([row["seconds"] for row in lines["LP-FT"].rows])
+
+
+if __name__ == "__main__":
+    main()
