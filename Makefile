@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help conformance demo study test test-thorough lint format types setup clean
+.PHONY: help conformance demo study study-gpu test test-thorough lint format types setup clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ demo: $(READY)  ## fine-tune the pretrained model with and without GMixout: tabl
 study: $(READY)  ## the robustness study: hours; goes on where it was stopped; writes docs/robustness.md
 	PYTHONPATH=examples $(BIN)/python -m study $(ARGS)
 	PYTHONPATH=examples $(BIN)/python -m study.report
+
+study-gpu: $(READY)  ## the same for a ViT that is pretrained first: for a GPU
+	PYTHONPATH=examples $(BIN)/python -m study.pretrain
+	PYTHONPATH=examples $(BIN)/python -m study --tasks C --workers 1 --results results/robustness_gpu.jsonl $(ARGS)
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from study.plan import FULL, TOY, Cell, Results, known_cells
@@ -32,9 +33,19 @@ def main() -> None:
         help="every method once, in three steps: its numbers mean nothing",
     )
     add("--stages", nargs="+", help="run these only, as far as they do not wait for others")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=("A", "B", "C"),
+        help="settings; B and A if not given, A at toy size; C needs study.pretrain",
+    )
     settings = parser.parse_args()
 
-    scope = TOY if settings.toy else FULL
+    tasks = settings.tasks or (["A"] if settings.toy else FULL.tasks)
+    scope = replace(
+        TOY if settings.toy else FULL,
+        tasks=tuple(f"toy {name}" if settings.toy else name for name in tasks),
+    )
 
     def plan(results: Results) -> list[Cell]:
         cells = known_cells(results, scope)

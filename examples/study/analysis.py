@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from study import plan
 from study.plan import FULL, Results, Row, Scope, chosen_share, final_settings
 
 # Two-sided 95 % points of Student's t, by degrees of freedom from 1.
@@ -60,6 +61,11 @@ _LINES: tuple[tuple[str, str, str, int], ...] = (
     ("GMixout", "gmixout", "final", 1),
     ("GMixout + WiSE-FT", "gmixout", "wise", 1),
 )
+METHOD_NAMES = {
+    "lp_ft": "LP-FT",
+    "mixout": "High-rate Mixout",
+    "gmixout": "GMixout, one line",
+}
 NAMES = ("linear probe", *(line[0] for line in _LINES))
 
 
@@ -98,6 +104,43 @@ def curve(results: Results, task: str, line: str, scope: Scope = FULL) -> list[M
         Model(name, [row["models"][name] for row in end.rows], end.rows, 1) for name in shares
     ]
     return [lines["linear probe"], *between, end]
+
+
+def levers(results: Results, task: str, name: str) -> list[Model]:
+    """A sweep: the bare optimizer, the defaults, and what is changed of them, as far as run."""
+    cells = plan.levers(task)[:2] + [("gmixout", each) for each in plan.sweep(task, name)]
+    names = ["without GMixout", "defaults"]
+    names += [
+        ", ".join(_setting_in_words(*item) for item in each.items()) for each in plan.SWEEPS[name]
+    ]
+    found = []
+    for words, (method, settings) in zip(names, cells, strict=False):
+        rows = sorted(
+            results.of(task=task, stage="levers", method=method, settings=settings), key=_seed
+        )
+        if rows:
+            found.append(Model(words, [row["models"]["final"] for row in rows], rows, 1))
+    return found
+
+
+def longer(results: Results, task: str) -> list[Model]:
+    """Of three times as many steps: LP-FT, its average, GMixout."""
+    found = []
+    for method, settings in plan.longer(task):
+        for row in results.of(task=task, stage="longer", method=method, settings=settings):
+            own = {k: v for k, v in settings.items() if k not in ("lr", "ema", "steps")}
+            words = ", ".join(_setting_in_words(*item) for item in own.items()) or "defaults"
+            for kind, measured in row["models"].items():
+                name = {"final": "LP-FT"}.get(kind, f"LP-FT, {kind}")
+                name = name if method == "lp_ft" else f"GMixout, {words}"
+                found.append(Model(name, [measured], [row], 1))
+    return found
+
+
+def _setting_in_words(name: str, value: object) -> str:
+    if name == "lr":
+        return f"lr x {value:g}"
+    return f"`{name}={value!r}`"
 
 
 def difference(a: Model, b: Model, what: str) -> tuple[float, float | None]:

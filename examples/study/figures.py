@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import write_atomically
 
-from study.analysis import Model, curve, models
+from study.analysis import METHOD_NAMES, Model, curve, models
+from study.analysis import levers as all_levers
 from study.plan import Results
 from study.tasks import task
+from study.why import SNAPSHOTS
 
 _OURS, _OTHERS, _WISE = "#1f77b4", "#7a7a7a", "#cf5f36"
 _SHIFTS = {"ood": "other styles", "corruption": "corruptions"}
@@ -77,3 +79,121 @@ def _style(axes: Axes) -> None:
     axes.grid(color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def levers(results: Results, name: str) -> Figure:
+    """Accuracy against each lever alone, the others at their defaults; the bare optimizer dotted."""
+    sweeps = {
+        "mask_prob": ("mask_prob, p", 0.9),
+        "resample_every": ("resample_every, k", 10),
+        "anchor_decay": ("anchor_decay, lambda", 0.8),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
+    for axes, (key, (words, default)) in zip(panels, sweeps.items(), strict=True):
+        _style(axes)
+        bare, ours, *others = all_levers(results, name, key)
+        points = {default: ours}
+        for model in others:
+            points[model.rows[0]["cell"]["settings"][key]] = model
+        for what, colour in (("id", _OTHERS), ("ood", _OURS), ("corruption", _WISE)):
+            places = sorted(points)
+            axes.errorbar(
+                range(len(places)),
+                [points[place].mean(what) for place in places],
+                yerr=[points[place].interval(what) or 0 for place in places],
+                fmt="o-",
+                color=colour,
+                markersize=4,
+                elinewidth=0.8,
+                label={"id": "ID", "ood": "OOD", "corruption": "corrupted"}[what],
+            )
+            axes.axhline(bare.mean(what), color=colour, linestyle=":", linewidth=1)
+        axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+        axes.set_xlabel(words)
+    panels[0].set_ylabel("accuracy (%)")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{task(name).model}; dotted: without GMixout", x=0.02, ha="left")
+    return figure
+
+
+def distance(results: Results, name: str) -> Figure:
+    """How far from the pretrained weights the methods end, and what they gain and lose there."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axes, (what, words) in zip(
+        panels, {"id": "in distribution", "ood": "on other styles"}.items(), strict=True
+    ):
+        _style(axes)
+        for model in models(results, name).values():
+            x, y = model.mean("distance"), model.mean(what)
+            colour = _OURS if "GMixout" in model.name else _OTHERS
+            axes.plot(x, y, "o", color=colour)
+            axes.annotate(
+                model.name,
+                (x, y),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=8,
+                color=colour,
+            )
+        axes.set_xlabel("distance |w - w0| / |w0| of the backbone")
+        axes.set_ylabel(f"accuracy {words} (%)")
+    return figure
+
+
+def errors(results: Results, name: str) -> Figure:
+    """Bias, variance and covariance of the errors of snapshots, stacked as they add up."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
+    rows = results.of(task=name, stage="why")
+    for axes, shift in zip(panels, ("id", "ood"), strict=True):
+        _style(axes)
+        for place, row in enumerate(rows):
+            terms, bottom = row["errors"][shift], 0.0
+            parts = {
+                "bias": terms["bias"],
+                "variance / M": terms["variance"] / SNAPSHOTS,
+                "covariance": (SNAPSHOTS - 1) / SNAPSHOTS * terms["covariance"],
+            }
+            for (part, value), colour in zip(parts.items(), (_OTHERS, _WISE, _OURS), strict=True):
+                axes.bar(place, value, bottom=bottom, color=colour, label=None if place else part)
+                bottom += value
+            axes.plot(
+                place,
+                terms["error"],
+                "k_",
+                markersize=22,
+                label=None if place else "average of weights",
+            )
+        axes.set_xticks(range(len(rows)), [METHOD_NAMES[row["cell"]["method"]] for row in rows])
+        axes.set_title(
+            {"id": "in distribution", "ood": "other styles"}[shift], loc="left", fontsize=10
+        )
+    panels[0].set_ylabel("squared error of the probabilities")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def paths(results: Results, name: str) -> Figure:
+    """Accuracy on the straight lines from the pretrained weights to those at two thirds of a run."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axes, what in zip(panels, ("id", "ood"), strict=True):
+        _style(axes)
+        for row, colour in zip(
+            results.of(task=name, stage="why"), (_OTHERS, _WISE, _OURS), strict=True
+        ):
+            method = row["cell"]["method"]
+            for end, style in (("live", "--"), ("deployed", "-")):
+                if end == "live" and method == "lp_ft":
+                    continue  # it deploys the weights that it trains
+                axes.plot(
+                    row["path"]["shares"],
+                    [point[what] for point in row["path"][end]],
+                    style,
+                    color=colour,
+                    label=f"{METHOD_NAMES[method]}, {end}",
+                )
+        axes.set_xlabel("share of the way, 1: the weights themselves")
+        axes.set_ylabel(
+            {"id": "accuracy in distribution (%)", "ood": "accuracy on other styles (%)"}[what]
+        )
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure

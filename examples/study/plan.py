@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from study.methods import Settings
+from study.tasks import task as named
 
 Row = dict[str, Any]
 
@@ -31,7 +32,11 @@ GMIXOUT: list[Settings] = [
     {"resample_every": 5, "anchor_decay": 0.5},
     {"resample_every": 5, "anchor_decay": 0.0, "lr_scale": 3.0},
 ]
-LEARNING_RATES = {"A": (1e-4, 2e-4, 4e-4, 8e-4), "B": (3e-5, 6e-5, 1e-4, 2e-4)}
+LEARNING_RATES = {
+    "A": (1e-4, 2e-4, 4e-4, 8e-4),
+    "B": (3e-5, 6e-5, 1e-4, 2e-4),
+    "C": (3e-5, 6e-5, 1e-4, 2e-4),
+}
 EMA_DECAYS = (0.9, 0.95, 0.98, 0.99)
 WISE_SHARES = (0.25, 0.5, 0.75)
 
@@ -88,7 +93,7 @@ class Scope:
 
 
 FULL = Scope()
-TOY = Scope(("toy A",), seeds=2, choices=1, levers=2)
+TOY = Scope(seeds=2, choices=1, levers=2)
 
 
 def chosen(results: Results, task: str, method: str, choices: int = 4) -> Settings | None:
@@ -131,35 +136,48 @@ TUNED = (
 
 
 # Seeds that neither tuning nor the final table has.
-LEVER_SEEDS = {"A": (10, 11, 12), "B": (10, 11)}
+LEVER_SEEDS = {"A": (10, 11, 12), "B": (10, 11), "C": (10, 11)}
 
 
-def levers(task: str) -> list[tuple[str, Settings]]:
-    """The bare optimizer, and GMixout around its defaults at the same learning rate."""
-    lr = LEARNING_RATES[_setting(task)][2]
-    together = [
+# What is changed of the defaults. "lr" is a multiple of the learning rate in the middle.
+SWEEPS: dict[str, list[Settings]] = {
+    "together": [
         {"lr_scale": scale, "anchor_decay": decay, "resample_every": k}
         for scale, decays in ((1.0, (0.0,)), (3.0, (0.0, 0.5)), (10.0, (0.5, 0.8, 0.9)))
         for decay in decays
         for k in ((5, 20) if scale > 1 else (20,))
-    ]
-    alone: list[Settings] = [
-        {},
-        *({"mask_prob": p} for p in (0.5, 0.8, 0.95, 0.99)),
-        *({"resample_every": k} for k in (1, 2, 5, 20, 50)),
-        *({"anchor_decay": decay} for decay in (0.0, 0.5, 0.9, 0.95)),
-        *({"mask_prob": p, "lr": lr * times} for p in (0.5, 0.9) for times in (0.25, 0.5, 2.0)),
+    ],
+    "mask_prob": [{"mask_prob": p} for p in (0.5, 0.8, 0.95, 0.99)],
+    "resample_every": [{"resample_every": k} for k in (1, 2, 5, 20, 50)],
+    "anchor_decay": [{"anchor_decay": decay} for decay in (0.0, 0.5, 0.9, 0.95)],
+    "lr": [{"mask_prob": p, "lr": times} for p in (0.5, 0.9) for times in (0.25, 0.5, 2.0)],
+    "variants": [
         {"rescale": True, "anchor_decay": 0.0},
         {"carry_state": True},
         {"sampler": "bernoulli"},
         {"granularity": "row"},
         {"granularity": 16},
         {"mixed": "matrices"},
-    ]
-    chosen = [*together, *(alone if _setting(task) == "A" else alone[:1])]
+    ],
+}
+
+
+def sweep(task: str, name: str | None = None) -> list[Settings]:
+    """The cells' settings of a sweep, with the learning rate itself; without a name of all."""
+    middle = LEARNING_RATES[_setting(task)][2]
+    names = SWEEPS if name is None else [name]
+    if _setting(task) != "A":
+        names = [each for each in names if each == "together"]
+    changes = [change for each in names for change in SWEEPS[each]]
+    return [{**change, "lr": middle * change.get("lr", 1.0)} for change in changes]
+
+
+def levers(task: str) -> list[tuple[str, Settings]]:
+    """The bare optimizer, GMixout with its defaults, and all sweeps around them."""
+    lr = LEARNING_RATES[_setting(task)][2]
     return [
         ("lp_ft", {"lr": lr, "ema": [0.98]}),
-        *(("gmixout", {"lr": lr, **settings}) for settings in chosen),
+        *(("gmixout", settings) for settings in [{"lr": lr}, *sweep(task)]),
     ]
 
 
@@ -176,7 +194,7 @@ def longer(task: str) -> list[tuple[str, Settings]]:
             {"anchor_decay": 0.5},
         )
     ]
-    return [(method, {**settings, "steps": 456}) for method, settings in cells]
+    return [(method, {**settings, "steps": 3 * named(task).steps}) for method, settings in cells]
 
 
 def why(results: Results, task: str, scope: Scope) -> list[tuple[str, Settings]]:
@@ -264,7 +282,7 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         yield from _seeds(task, "final", final_settings(results, task, scope), scope.seeds)
     for task in scope.tasks:
         settings = final_settings(results, task, scope)
-        if _setting(task) == "B":  # a training run takes minutes: the lines that matter
+        if _setting(task) != "A":  # a training run takes minutes: the lines that matter
             settings = {name: settings[name] for name in _FEW if name in settings}
         yield from _seeds(f"{task} long-tailed", "imbalance", settings, scope.seeds)
         for method, choice in why(results, task, scope):
@@ -274,9 +292,9 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
             for method, choice in levers(task)[: scope.levers]:
                 yield Cell(task, "levers", method, choice, seed)
     for task in scope.tasks:
-        if _setting(task) == "B":
+        if _setting(task) != "A":
             for method, choice in longer(task)[: scope.levers]:
-                yield Cell(task, "longer", method, choice, LEVER_SEEDS["B"][0])
+                yield Cell(task, "longer", method, choice, LEVER_SEEDS[_setting(task)][0])
 
 
 _FEW = ("pool", "gmixout, defaults", "gmixout")

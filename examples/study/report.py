@@ -20,6 +20,8 @@ from study.tasks import task as task_named
 TEMPLATE = Path(__file__).with_name("robustness.md.in")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "robustness.jsonl"
+NOT_RUN = "*Not run yet.*"
+_TERMS = ("bias", "variance", "covariance", "sum", "error")
 PAGE = DOCS / "robustness.md"
 
 
@@ -33,7 +35,7 @@ class Report:
         """Accuracies of all methods, with differences to LP-FT."""
         lines = analysis.models(self.results, task, stage)
         if "LP-FT" not in lines:
-            return "*Not run yet.*"
+            return NOT_RUN
         what = ["id", "many", "medium", "few", "ood"] if stage == "imbalance" else [*MEASURES]
         heads = {"id": "ID", "ood": "OOD", "corruption": "corrupted"}
         header = ["method", *(heads.get(each, each) for each in what)]
@@ -54,7 +56,7 @@ class Report:
         """Time and memory of each method as a share of LP-FT's, and the trainings that it takes."""
         lines = analysis.models(self.results, task)
         if "LP-FT" not in lines:
-            return "*Not run yet.*"
+            return NOT_RUN
         rows = [
             [
                 name,
@@ -71,7 +73,7 @@ class Report:
         """Paired differences of a line to full fine-tuning, LP-FT and the best competitors."""
         lines = analysis.models(self.results, task)
         if name not in lines or "LP-FT" not in lines:
-            return "*Not run yet.*"
+            return NOT_RUN
         others = {"full fine-tuning": "full fine-tuning", "LP-FT": "LP-FT"}
         for what in MEASURES:
             best = analysis.best_competitor(lines, lambda model, what=what: model.mean(what))  # type: ignore[misc]
@@ -103,6 +105,52 @@ class Report:
             )
         return _markdown(["method", "tried", "chosen"], rows)
 
+    def levers(self, task: str, sweep: str) -> str:
+        """Means over seeds: the bare optimizer, the defaults, and the settings of a sweep."""
+        rows = []
+        for model in analysis.levers(self.results, task, sweep):
+            accuracies = [_with_interval(model, each) for each in MEASURES]
+            rows.append([model.name, *accuracies, str(len(model.measured))])
+        return _markdown(["", "ID", "OOD", "corrupted", "seeds"], rows) if rows else NOT_RUN
+
+    def longer(self, task: str) -> str:
+        """Runs of three times as many steps."""
+        rows = [
+            [model.name, *(f"{model.mean(each):.1f}" for each in MEASURES)]
+            for model in analysis.longer(self.results, task)
+        ]
+        return _markdown(["", "ID", "OOD", "corrupted"], rows) if rows else NOT_RUN
+
+    def errors(self, task: str) -> str:
+        """Bias, variance, covariance and locality of snapshots."""
+        rows = []
+        for row in self.results.of(task=task, stage="why"):
+            for shift in ("id", "ood"):
+                terms = row["errors"][shift]
+                rows.append(
+                    [
+                        f"{analysis.METHOD_NAMES[row['cell']['method']]}, {shift.upper()}",
+                        *(f"{terms[name]:.3f}" for name in _TERMS),
+                        f"{row['errors']['weights']['locality']:.4f}",
+                    ]
+                )
+        return _markdown(["", *_TERMS, "locality"], rows) if rows else NOT_RUN
+
+    def distances(self, task: str) -> str:
+        """How far from the pretrained weights each method ends."""
+        lines = analysis.models(self.results, task)
+        rows = [
+            [
+                name,
+                f"{model.mean('distance'):.4f}",
+                f"{model.mean('id'):.1f}",
+                f"{model.mean('ood'):.1f}",
+            ]
+            for name, model in lines.items()
+            if "distance" in model.measured[0]
+        ]
+        return _markdown(["", "distance", "ID", "OOD"], rows) if rows else NOT_RUN
+
     def cells(self) -> str:
         """How many cells the results file holds."""
         return str(len(self.results.rows))
@@ -110,6 +158,19 @@ class Report:
     def hours(self) -> str:
         """Training time of all cells, in hours of one core."""
         return f"{sum(row.get('seconds', 0) for row in self.results.rows.values()) / 3600:.1f}"
+
+    def model(self, task: str) -> str:
+        """The pretrained model, in words."""
+        return task_named(task).model
+
+    def steps(self, task: str) -> str:
+        """Optimizer steps of a training."""
+        return str(task_named(task).steps)
+
+    def picture(self, task: str, name: str, words: str) -> str:
+        """A picture, once there is what it is drawn from."""
+        drawn = name in pictures(self.results, task)
+        return f"![{words}](images/robustness_{name}_{task}.png)" if drawn else NOT_RUN
 
     def classes(self, task: str) -> str:
         """How many images a long-tailed training set has."""
@@ -128,15 +189,28 @@ def render(template: str, results: Results) -> str:
     return re.sub(r"\{\{(.+?)\}\}", call, template)
 
 
+def pictures(results: Results, task: str) -> list[str]:
+    """What there is enough of to draw: names of functions in `figures`."""
+    names = []
+    if "LP-FT" in analysis.models(results, task):
+        names += ["plane", "distance"]
+    if results.of(task=task, stage="why"):
+        names += ["errors", "paths"]
+    if len(analysis.levers(results, task, "anchor_decay")) > 5:
+        names.append("levers")
+    return names
+
+
 def main() -> None:
     """Writes page and pictures."""
     from study import figures
 
     results = load(RESULTS)
     PAGE.write_text(render(TEMPLATE.read_text(), results))
-    for name in ("A", "B"):
-        if "LP-FT" in analysis.models(results, name):
-            figures.save(figures.plane(results, name), DOCS / "images" / f"robustness_{name}.png")
+    for task in ("A", "B"):
+        for name in pictures(results, task):
+            figure = getattr(figures, name)(results, task)
+            figures.save(figure, DOCS / "images" / f"robustness_{name}_{task}.png")
 
 
 def _with_interval(model: Model, what: str) -> str:

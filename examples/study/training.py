@@ -51,7 +51,7 @@ def train(
             rows = torch.randperm(len(images), generator=generator)
             whole = max(1, len(images) // task.batch_size)
             order = list(rows.split(task.batch_size)[:whole])
-        rows = order.pop(0)
+        rows = order.pop(0).to(task.device)
         inputs = augmented(task, images.pixels[rows], generator)
         with task.autocast():
             logits = model(inputs)
@@ -144,8 +144,8 @@ def _all(
 def _digits(test: Images, seen: list[tuple[Images, Tensor]]) -> str:
     counts = torch.zeros(int(test.emoji.max()) + 1, dtype=torch.long)
     for images, right in seen:
-        counts.index_add_(0, images.emoji, right.long())
-    return "".join(map(str, counts[test.emoji].tolist()))
+        counts.index_add_(0, images.emoji.cpu(), right.long().cpu())
+    return "".join(map(str, counts[test.emoji.cpu()].tolist()))
 
 
 def _percent(right: Tensor) -> float:
