@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import ELEMENTWISE, keeps_state, scaled_lr, step_is_its_own
+from gmixout_optim.bases import ELEMENTWISE, keeps_state, step_is_its_own
 from gmixout_optim.layout import Draws, Row, columns
 from gmixout_optim.mixed_tensor import MixedTensor
 from gmixout_optim.packed_gradient import PackedGradient
@@ -72,24 +72,24 @@ class BatchedStep:
 
     def step(self, rows: list[Row]) -> None:
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
-        for group, own in self.by_group(rows):
-            options = self.options(group, own)
+        for own in self.by_group(rows):
+            options = self.options(own)
             for batch in _cached_batches(own):
                 packed_step(*self.columns(batch), plain=plain, options=options)
 
-    def by_group(self, rows: list[Row]) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-        """The base's groups that have any of the rows, with theirs."""
+    def by_group(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """The rows of each of the base's groups that has any."""
         own: dict[int, list[Row]] = {}
         for row in rows:
             own.setdefault(id(row[0].group), []).append(row)
         for group in self.base.param_groups:
             if id(group) in own:
-                yield group, own[id(group)]
+                yield own[id(group)]
 
-    def options(self, group: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
-        """The base's options for rows of a group, which have one ``lr_scale``."""
-        options = {key: group[key] for key in self.base.defaults}
-        return {**options, "lr": scaled_lr(options["lr"], rows[0][0].lr_scale)}
+    def options(self, rows: list[Row]) -> dict[str, Any]:
+        """The base's options for rows of one group, which have one ``lr_scale``."""
+        options = rows[0][0].options
+        return {key: options[key] for key in self.base.defaults}
 
     def columns(self, rows: list[Row]) -> Columns:
         state = self.base.state

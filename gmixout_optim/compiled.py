@@ -82,7 +82,7 @@ class Compiler:
         failed: list[Row] = []
         _bring_steps(rows, self.base.state)
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
-        for group, own in self.batched.by_group(rows):
+        for own in self.batched.by_group(rows):
             given = self.batched.columns(own)
             # A number would compile again in every episode.
             dithers = [
@@ -104,7 +104,7 @@ class Compiler:
             ]
             for key, places in _batches(own, keys):
                 batch = _pick(places, *given)
-                options = self._options(group, own, is_launched(own[places[0]][0].param))
+                options = self._options(own, is_launched(own[places[0]][0].param))
                 made_for = (plain, form_of_options(options, numbers=True), key, len(places))
                 try:
                     _kernel(packed_step, made_for)(*batch, plain=plain, options=options)
@@ -128,14 +128,14 @@ class Compiler:
         # elements are those of biases and the like, too few to be worth a call.
         return bool(self.wanted) and tensor.width == 1 and tensor.granularity != "row"
 
-    def _options(self, group: dict[str, Any], rows: list[Row], foreach: bool) -> dict[str, Any]:
-        """A group's options as compiled code takes them.
+    def _options(self, rows: list[Row], foreach: bool) -> dict[str, Any]:
+        """The options of a group's rows as compiled code takes them.
 
         They choose a form of the step without branches on values, which can be fused with gather and scatter: the
         plain one, or that for all tensors at once, of which the compiler makes few kernels. A float lr goes into a
         tensor: as a number it would compile again with every change.
         """
-        options = self.batched.options(group, rows)
+        options = self.batched.options(rows)
         chosen = {"fused": False, "foreach": foreach, "capturable": True}
         options.update({key: value for key, value in chosen.items() if key in options})
         if not isinstance(options["lr"], Tensor):

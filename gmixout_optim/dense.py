@@ -134,7 +134,7 @@ class DenseLayout(_WholeParameters):
                 return torch.where(keep, state, fill_(torch.empty_like(state), start))
 
             renew_state(
-                self.base, tensor.param, tensor.group, tensor.param.shape, rebuild, carry_state
+                self.base, tensor.param, tensor.options, tensor.param.shape, rebuild, carry_state
             )
 
     def reanchor(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gmixout_optim.bases import scaled_lr
 from gmixout_optim.index_sets import (
     MAX_CELLS,
     Sampler,
@@ -82,6 +83,13 @@ class MixedTensor:
         """lam, live from the parameter group."""
         decay: float = self.group["anchor_decay"]
         return decay
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The group as the base is shown it for this tensor: with the learning rate that it trains with."""
+        if "lr" not in self.group:
+            return self.group
+        return {**self.group, "lr": scaled_lr(self.group["lr"], self.lr_scale)}
 
     @property
     def fell_back_to_elements(self) -> bool:

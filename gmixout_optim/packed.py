@@ -134,7 +134,7 @@ class PackedLayout(Layout):
             rebuild = _carrying(tensor, self.draws.previous_cells(tensor), cell, shape)
         else:
             rebuild = partial(_restarting, shape)
-        renew_state(self.base, tensor.param, tensor.group, slot.value.shape, rebuild, carry_state)
+        renew_state(self.base, tensor.param, tensor.options, slot.value.shape, rebuild, carry_state)
         if shape == slot.value.shape:
             slot.index.copy_(index)  # in place: compiled code keeps its buffers
         else:

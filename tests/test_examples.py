@@ -70,6 +70,7 @@ def test_interrupt_leaves_no_half_written_file(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not so in the background
     )
     time.sleep(8)
     process.send_signal(signal.SIGINT)

@@ -175,7 +175,7 @@ def run_on(case: Case, shapes: list[tuple[int, ...]], steps: int = 6, **changes:
         anchor_decay=0.5,
         residual="episodic",
         rescale=False,
-        lr_scale=1.0,
+        lr_scale=None if case.closure else 3.0,
         carry_state=False,
     )
     settings.update({key: value for key, value in changes.items() if key not in own})
@@ -204,6 +204,12 @@ def test_state_that_starts_at_the_learning_rate_starts_at_the_scheduled_one(
 ) -> None:
     """As in a base that is fresh: at its first step, not when the episode before ended."""
     run_on(BY_NAME[name], [(6, 8)], layout=layout, lr_decay=0.5)
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+@pytest.mark.parametrize("name", ["ASGD", "Rprop"])
+def test_cells_that_join_a_carried_state_start_at_the_scaled_rate(name: str, layout: str) -> None:
+    run_on(BY_NAME[name], [(6, 8)], layout=layout, carry_state=True, resample_every=1)
 
 
 def test_lbfgs_starts_anew_whichever_parameter_comes_first() -> None:

@@ -41,11 +41,10 @@ def main() -> None:
     )
     settings = parser.parse_args()
 
-    tasks = settings.tasks or (["A"] if settings.toy else FULL.tasks)
-    scope = replace(
-        TOY if settings.toy else FULL,
-        tasks=tuple(f"toy {name}" if settings.toy else name for name in tasks),
-    )
+    scope = TOY if settings.toy else FULL
+    if settings.tasks:
+        prefix = "toy " if settings.toy else ""
+        scope = replace(scope, tasks=tuple(prefix + name for name in settings.tasks))
 
     def plan(results: Results) -> list[Cell]:
         cells = known_cells(results, scope)

@@ -93,7 +93,7 @@ class Scope:
 
 
 FULL = Scope()
-TOY = Scope(seeds=2, choices=1, levers=2)
+TOY = Scope(("toy A",), seeds=2, choices=1, levers=2)
 
 
 def chosen(results: Results, task: str, method: str, choices: int = 4) -> Settings | None:
