@@ -13,6 +13,7 @@ from study.tasks import Task, task
 from study.training import Trained, measure, train, validation
 from study.why import decomposed, distance, path
 
+_WITH_WISE = ("tuning", "final", "imbalance")
 Measured = dict[str, dict[str, Any]]
 
 
@@ -36,7 +37,7 @@ def run(cell: Cell) -> Row:
         }
     trained = train(where, cell.method, cell.settings, cell.seed)
     models = {"final": trained.model, **trained.averages}
-    if cell.stage in ("tuning", "final") and cell.method in ("lp_ft", "gmixout"):
+    if cell.stage in _WITH_WISE and cell.method in ("lp_ft", "gmixout"):
         models |= _wise(where, trained.model)
     look = validation if cell.stage == "tuning" else everything
     return _row(cell, trained, {name: look(where, model) for name, model in models.items()})
