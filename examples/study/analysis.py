@@ -90,7 +90,7 @@ def models(
         rows = results.of(task=where, stage=stage, method=method, settings=choice)
         model = _kind(results, task, source, kind, scope)
         rows = sorted((row for row in rows if model in row["models"]), key=_seed)
-        if rows:
+        if len(rows) == scope.seeds:
             found[name] = Model(name, [row["models"][model] for row in rows], rows, runs)
     return found
 

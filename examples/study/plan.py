@@ -285,8 +285,9 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         if _setting(task) != "A":  # a training run takes minutes: the lines that matter
             settings = {name: settings[name] for name in _FEW if name in settings}
         yield from _seeds(f"{task} long-tailed", "imbalance", settings, scope.seeds)
-        for method, choice in why(results, task, scope):
-            yield Cell(task, "why", method, choice, scope.seeds)
+        if _setting(task) == "A":  # all seeds of it
+            for method, choice in why(results, task, scope):
+                yield Cell(task, "why", method, choice, scope.seeds)
         seeds = LEVER_SEEDS[_setting(task)]
         for seed in seeds if scope.levers is None else seeds[:1]:
             for method, choice in levers(task)[: scope.levers]:
