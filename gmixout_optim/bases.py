@@ -97,28 +97,29 @@ def scaled_rates(base: Optimizer, scales: dict[Tensor, float]) -> Iterator[None]
     A group that holds parameters of several scales is shown to the base as so many groups.
     """
     groups = base.param_groups
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (group, {key: group[key] for key in ("params", "lr") if key in group}) for group in groups
-    ]
+    kept = [(group, group["params"], group.get("lr")) for group in groups]
+    shown: list[dict[str, Any]] = []
+    for group, params, lr in kept:
+        by_scale: dict[float, list[Tensor]] = {}
+        for param in params:
+            by_scale.setdefault(scales.get(param, 1.0), []).append(param)
+        parts = list(by_scale.items()) or [(1.0, params)]
+        for number, (scale, own) in enumerate(parts):
+            part = {**group} if number else group
+            part["params"] = own
+            if lr is not None:
+                part["lr"] = scaled_lr(lr, scale)
+            shown.append(part)
+    lent = [group.get("lr") for group in groups]
+    base.param_groups = shown
     try:
-        base.param_groups = []
-        for group, own in kept:
-            by_scale: dict[float, list[Tensor]] = {}
-            for param in own["params"]:
-                by_scale.setdefault(scales.get(param, 1.0), []).append(param)
-            for number, (scale, params) in enumerate(by_scale.items()):
-                shown = group if number == 0 else {**group, **own}
-                shown["params"] = params
-                if "lr" in own:
-                    shown["lr"] = scaled_lr(own["lr"], scale)
-                base.param_groups.append(shown)
-            if not by_scale:
-                base.param_groups.append(group)
         yield
     finally:
         base.param_groups = groups
-        for group, own in kept:
-            group.update(own)
+        for (group, params, lr), scaled in zip(kept, lent, strict=True):
+            group["params"] = params
+            if group.get("lr") is scaled and lr is not None:  # else the base has set its own
+                group["lr"] = lr
 
 
 def mark_stepped(base: Optimizer) -> None:

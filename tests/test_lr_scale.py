@@ -129,3 +129,20 @@ def test_lbfgs_has_one_rate_for_all() -> None:
     with pytest.raises(ValueError, match=r"lr_scale=2\.0.*LBFGS"):
         GMixoutOptimizer(base, lr_scale=2.0)
     GMixoutOptimizer(base)
+
+
+def test_a_base_that_sets_its_own_rate_keeps_it() -> None:
+    class Halving(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            for group in self.param_groups:
+                group["lr"] /= 2
+            return loss
+
+    bare_model, model = small_model(), small_model()
+    bare = Halving(bare_model.parameters(), lr=0.1)
+    wrapped = GMixoutOptimizer(Halving(model.parameters(), lr=0.1), mask_prob=0.0)
+    train(bare_model, bare, range(4))
+    train(model, wrapped, range(4))
+    assert wrapped.param_groups[0]["lr"] == bare.param_groups[0]["lr"]
+    assert_equal(weights(model), weights(bare_model))
