@@ -20,7 +20,7 @@ from emoji_domains import DOMAINS, EmojiDomains, Images, augment, load, normalis
 from linear_probe import WEIGHT_DECAYS, linear_probe
 from models import Classifier, predict, pretrained_backbone
 from picture import save_picture
-from results import Method, Results, Run, Scores
+from results import Method, Results, Run, Scores, optimizer_bytes
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
@@ -78,14 +78,6 @@ def fine_tune(
                 scheduler.step()
                 progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
                 progress.update()
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What the optimizer keeps beside the model and its gradients."""
-    if isinstance(optimizer, GMixoutOptimizer):
-        return optimizer.report().total("bytes")
-    tensors = (value for state in optimizer.state.values() for value in state.values())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def evaluate(model: nn.Module, data: EmojiDomains) -> dict[str, Scores]:

@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into files, also where there is no display
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from results import Results, write_atomically
 
@@ -15,9 +16,7 @@ _COLOURS = ("#7a7a7a", "#cf5f36", "#1f77b4")
 def save_picture(path: Path, results: Results, caption: str) -> None:
     """A labelled point per method: up and to the right is better. Small dots are single seeds."""
     figure, axes = plt.subplots(figsize=(7.2, 5.0), layout="constrained")
-    axes.grid(color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes)
     for method, colour in zip(results.methods, _COLOURS, strict=True):
         by_run = [
             (run.accuracy([results.id_domain]), run.accuracy(results.shifted))
@@ -45,3 +44,10 @@ def save_picture(path: Path, results: Results, caption: str) -> None:
     figure.supxlabel(caption, fontsize=8.5, color="#666666", x=0.02, ha="left")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))
     plt.close(figure)
+
+
+def style(axes: Axes) -> None:
+    """A pale grid behind the points, no frame."""
+    axes.grid(color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

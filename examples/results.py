@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from gmixout_optim import GMixoutOptimizer
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -156,6 +158,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer keeps beside the model and its gradients."""
+    if isinstance(optimizer, GMixoutOptimizer):
+        return optimizer.report().total("bytes")
+    tensors = (value for state in optimizer.state.values() for value in state.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _standard_error(values: Tensor) -> float:

@@ -12,9 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from study.plan import FULL, TOY, Cell, Results, known_cells
-from study.runner import study
-
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "robustness.jsonl"
+from study.runner import RESULTS, study
 
 
 def main() -> None:

@@ -71,12 +71,14 @@ def greedy_soup(where: Task, ingredients: list[Classifier]) -> Classifier:
 
     Source: Wortsman et al., Model Soups (arXiv 2203.05482), recipe 1.
     """
-    ordered = sorted(ingredients, key=lambda model: validation(where, model)["val"], reverse=True)
-    chosen, soup = ordered[:1], ordered[0]
-    for model in ordered[1:]:
+    scored = [(validation(where, model)["val"], model) for model in ingredients]
+    (best, soup), *others = sorted(scored, key=lambda entry: entry[0], reverse=True)
+    chosen = [soup]
+    for _, model in others:
         tried = averaged([(part, 1 / (len(chosen) + 1)) for part in [*chosen, model]])
-        if validation(where, tried)["val"] >= validation(where, soup)["val"]:
-            chosen, soup = [*chosen, model], tried
+        score = validation(where, tried)["val"]
+        if score >= best:
+            chosen, soup, best = [*chosen, model], tried, score
     return soup
 
 

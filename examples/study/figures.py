@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from picture import style
 from results import write_atomically
 
 from study.analysis import METHOD_NAMES, Model, curve, models
@@ -33,7 +31,7 @@ def plane(results: Results, name: str) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(11.5, 5.2), layout="constrained")
     lines = models(results, name)
     for axes, (shift, words) in zip(panels, _SHIFTS.items(), strict=True):
-        _style(axes)
+        style(axes)
         for line, colour in (("LP-FT", _WISE), ("GMixout", _OURS)):
             if line in lines:
                 between = curve(results, name, line)
@@ -75,12 +73,6 @@ def _point(axes: Axes, model: Model, shift: str) -> None:
     )
 
 
-def _style(axes: Axes) -> None:
-    axes.grid(color="#e8e8e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def levers(results: Results, name: str) -> Figure:
     """Accuracy against each lever alone, the others at their defaults; the bare optimizer dotted."""
     sweeps = {
@@ -90,7 +82,7 @@ def levers(results: Results, name: str) -> Figure:
     }
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
     for axes, (key, (words, default)) in zip(panels, sweeps.items(), strict=True):
-        _style(axes)
+        style(axes)
         bare, ours, *others = all_levers(results, name, key)
         points = {default: ours}
         for model in others:
@@ -122,7 +114,7 @@ def distance(results: Results, name: str) -> Figure:
     for axes, (what, words) in zip(
         panels, {"id": "in distribution", "ood": "on other styles"}.items(), strict=True
     ):
-        _style(axes)
+        style(axes)
         for model in models(results, name).values():
             x, y = model.mean("distance"), model.mean(what)
             colour = _OURS if "GMixout" in model.name else _OTHERS
@@ -145,7 +137,7 @@ def errors(results: Results, name: str) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
     rows = results.of(task=name, stage="why")
     for axes, shift in zip(panels, ("id", "ood"), strict=True):
-        _style(axes)
+        style(axes)
         for place, row in enumerate(rows):
             terms, bottom = row["errors"][shift], 0.0
             parts = {
@@ -176,18 +168,18 @@ def paths(results: Results, name: str) -> Figure:
     """Accuracy on the straight lines from the pretrained weights to those at two thirds of a run."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axes, what in zip(panels, ("id", "ood"), strict=True):
-        _style(axes)
+        style(axes)
         for row, colour in zip(
             results.of(task=name, stage="why"), (_OTHERS, _WISE, _OURS), strict=True
         ):
             method = row["cell"]["method"]
-            for end, style in (("live", "--"), ("deployed", "-")):
+            for end, dashes in (("live", "--"), ("deployed", "-")):
                 if end == "live" and method == "lp_ft":
                     continue  # it deploys the weights that it trains
                 axes.plot(
                     row["path"]["shares"],
                     [point[what] for point in row["path"][end]],
-                    style,
+                    dashes,
                     color=colour,
                     label=f"{METHOD_NAMES[method]}, {end}",
                 )

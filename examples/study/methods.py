@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from models import Classifier
+from results import optimizer_bytes
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,10 +38,7 @@ class Trainer:
 
     def optimizer_bytes(self) -> int:
         """What is kept beside the model and its gradients."""
-        if isinstance(self.optimizer, GMixoutOptimizer):
-            return self.optimizer.report().total("bytes")
-        tensors = (value for state in self.optimizer.state.values() for value in state.values())
-        return self.extra_bytes + sum(tensor.nbytes for tensor in tensors)
+        return self.extra_bytes + optimizer_bytes(self.optimizer)
 
 
 def groups(model: Classifier, lr: float, head_lr: float = HEAD_LR) -> list[dict[str, Any]]:

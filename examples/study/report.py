@@ -14,12 +14,10 @@ from pathlib import Path
 from study import analysis, plan
 from study.analysis import MEASURES, Model
 from study.plan import Results
-from study.runner import load
+from study.runner import DOCS, RESULTS, load
 from study.tasks import task as task_named
 
 TEMPLATE = Path(__file__).with_name("robustness.md.in")
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-RESULTS = DOCS / "robustness.jsonl"
 NOT_RUN = "*Not run yet.*"
 _TERMS = ("bias", "variance", "covariance", "sum", "error")
 PAGE = DOCS / "robustness.md"
@@ -84,15 +82,6 @@ class Report:
             if other in lines
         ]
         return _markdown([f"{name} against", "ID", "OOD", "corrupted"], rows)
-
-    def value(self, task: str, name: str, what: str, stage: str = "final") -> str:
-        """A mean."""
-        return f"{analysis.models(self.results, task, stage)[name].mean(what):.1f}"
-
-    def minus(self, task: str, name: str, other: str, what: str) -> str:
-        """A paired difference with its interval."""
-        lines = analysis.models(self.results, task)
-        return _difference(lines[name], lines[other], what)
 
     def tuning(self, task: str) -> str:
         """What each method was tuned over, and what won."""

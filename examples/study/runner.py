@@ -17,6 +17,9 @@ from tqdm import tqdm
 from study import cells
 from study.plan import Cell, Results, Row
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "robustness.jsonl"
+
 
 def load(path: Path) -> Results:
     """The results so far. A last line that was cut off by a kill counts as not run."""

@@ -190,8 +190,8 @@ def own_vit(weights: Path = PRETRAINED) -> Task:
 @cache
 def task(name: str) -> Task:
     """A task by name: "A", "B" or "C", "A long-tailed", and each of them "toy A"."""
-    settings = {"A": EFFICIENTNET, "B": VIT, "C": own_vit()}
-    chosen = settings[name.removeprefix("toy ").removesuffix(" long-tailed")]
+    setting = name.removeprefix("toy ").removesuffix(" long-tailed")
+    chosen = own_vit() if setting == "C" else {"A": EFFICIENTNET, "B": VIT}[setting]
     if name.startswith("toy "):
         chosen = replace(chosen, toy=True, steps=3, batch_size=8)
     return replace(chosen, name=name, long_tailed=name.endswith(" long-tailed"))

@@ -16,8 +16,6 @@ from torch.nn.utils import clip_grad_norm_
 from study.methods import METHODS, Settings, Trainer, schedule
 from study.tasks import Task, shots
 
-Counts = dict[str, float]
-
 
 @dataclass
 class Trained:
@@ -96,12 +94,12 @@ def validation(task: Task, model: Classifier, views: int = 5) -> dict[str, float
     logits = logits_of(task, model, torch.cat(inputs))
     labels = images.labels.repeat(views)
     return {
-        "val": _percent(logits.argmax(1) == labels),
+        "val": percent(logits.argmax(1) == labels),
         "val_loss": round(F.cross_entropy(logits, labels).item(), 4),
     }
 
 
-def measure(task: Task, model: Classifier, *, corruptions: bool = True) -> dict[str, object]:
+def measure(task: Task, model: Classifier) -> dict[str, object]:
     """Everything that is asked of a model; accuracies in %.
 
     Returns:
@@ -113,15 +111,14 @@ def measure(task: Task, model: Classifier, *, corruptions: bool = True) -> dict[
     found: dict[str, object] = dict(validation(task, model))
     test = task.data[task.domain, "test"]
     right = correct(task, model, test)
-    found["id"] = _percent(right)
+    found["id"] = percent(right)
     if task.long_tailed:
-        found |= {name: _percent(right[rows]) for name, rows in shots(task).items()}
+        found |= {name: percent(right[rows]) for name, rows in shots(task).items()}
     by_emoji = {"id": _digits(test, [(test, right)])}
 
     domains = {name: task.data[name, "test"] for name in task.shifted}
     found |= _all(task, model, test, domains, "ood", "domains", by_emoji)
-    if corruptions:
-        found |= _all(task, model, test, task.corrupted, "corruption", "corruptions", by_emoji)
+    found |= _all(task, model, test, task.corrupted, "corruption", "corruptions", by_emoji)
     found["by_emoji"] = by_emoji
     return found
 
@@ -137,7 +134,7 @@ def _all(
 ) -> dict[str, object]:
     right = {name: correct(task, model, images) for name, images in sets.items()}
     by_emoji[mean] = _digits(test, [(images, right[name]) for name, images in sets.items()])
-    accuracies = {name: _percent(values) for name, values in right.items()}
+    accuracies = {name: percent(values) for name, values in right.items()}
     return {mean: round(sum(accuracies.values()) / len(accuracies), 3), each: accuracies}
 
 
@@ -148,5 +145,6 @@ def _digits(test: Images, seen: list[tuple[Images, Tensor]]) -> str:
     return "".join(map(str, counts[test.emoji.cpu()].tolist()))
 
 
-def _percent(right: Tensor) -> float:
+def percent(right: Tensor) -> float:
+    """The share of a bool tensor that is true."""
     return round(100 * right.double().mean().item(), 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gmixout_optim import GMixoutOptimizer
 from study.methods import Settings, Trainer, averaged, interpolated
 from study.tasks import Task
-from study.training import correct, logits_of, train
+from study.training import correct, logits_of, percent, train
 
 SNAPSHOTS = 6
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -135,14 +135,12 @@ def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, A
 
 
 def _accuracies(where: Task, model: Classifier) -> dict[str, float]:
-    test = correct(where, model, where.data[where.domain, "test"])
-    shifted = [correct(where, model, where.data[domain, "test"]) for domain in where.shifted]
-    return {
-        "id": round(100 * test.double().mean().item(), 3),
-        "ood": round(
-            sum(100 * right.double().mean().item() for right in shifted) / len(shifted), 3
-        ),
+    right = {
+        name: percent(correct(where, model, where.data[name, "test"]))
+        for name in where.data.domains
     }
+    shifted = [right[name] for name in where.shifted]
+    return {"id": right[where.domain], "ood": round(sum(shifted) / len(shifted), 3)}
 
 
 def _deployed(trainer: Trainer) -> Classifier:
