@@ -26,7 +26,7 @@ def run(cell: Cell) -> Row:
     """
     where = task(cell.task)
     if cell.method == "pretrained":
-        return _row(cell, None, {"final": measure(where, where.pretrained)})
+        return _row(cell, None, {"final": everything(where, where.pretrained)})
     if cell.method == "pool":
         return _pool(cell, where)
     if cell.stage == "why":

@@ -136,7 +136,6 @@ class Report:
                 f"{model.mean('ood'):.1f}",
             ]
             for name, model in lines.items()
-            if "distance" in model.measured[0]
         ]
         return _markdown(["", "distance", "ID", "OOD"], rows) if rows else NOT_RUN
 
