@@ -67,7 +67,9 @@ def test_runs_at_toy_size_goes_on_after_a_kill_and_stops_when_all_is_there(tmp_p
         "imbalance",
         "why",
         "levers",
+        "attempts",
     }
+    assert len(analysis.attempts(found, "toy A")) == 13
     for stage in ("final", "imbalance"):
         lines = analysis.models(found, "toy A", stage, plan.TOY)
         assert tuple(lines) == analysis.NAMES

@@ -90,7 +90,8 @@ def models(
         rows = results.of(task=where, stage=stage, method=method, settings=choice)
         model = _kind(results, task, source, kind, scope)
         rows = sorted((row for row in rows if model in row["models"]), key=_seed)
-        if len(rows) == scope.seeds:
+        seeds = scope.seeds if stage == "final" else plan.imbalance_seeds(scope)
+        if len(rows) == seeds:
             found[name] = Model(name, [row["models"][model] for row in rows], rows, runs)
     return found
 
@@ -121,6 +122,36 @@ def levers(results: Results, task: str, name: str) -> list[Model]:
         if rows:
             found.append(Model(words, [row["models"]["final"] for row in rows], rows, 1))
     return found
+
+
+def attempts(results: Results, task: str) -> list[Model]:
+    """GMixout's defaults, what was tried to better them, and a learning rate that stays."""
+    _, (_, defaults), *_ = plan.levers(task)
+    stays = "constant learning rate: "
+    lines = [("defaults", "levers", "gmixout", defaults, "final")]
+    for method, settings in plan.attempts(task):
+        if "schedule" not in settings:
+            words = settings["change"]
+            ends = ("live", "whole episodes") if words == "none" else ("final",)
+            lines += [(_ENDS.get(end, words), "attempts", method, settings, end) for end in ends]
+        elif method == "lp_ft":
+            lines.append((stays + "LP-FT", "attempts", method, settings, "final"))
+            lines.append((stays + "LP-FT, EMA", "attempts", method, settings, "ema 0.98"))
+        else:
+            lines += [
+                (stays + _ENDS.get(end, "defaults"), "attempts", method, settings, end)
+                for end in ("final", "live", "whole episodes")
+            ]
+    found = []
+    for words, stage, method, settings, kind in lines:
+        rows = results.of(task=task, stage=stage, method=method, settings=settings)
+        if rows:
+            rows.sort(key=_seed)
+            found.append(Model(words, [row["models"][kind] for row in rows], rows, 1))
+    return found
+
+
+_ENDS = {"live": "last episode taken in full", "whole episodes": "last episode left out"}
 
 
 def longer(results: Results, task: str) -> list[Model]:

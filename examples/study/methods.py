@@ -167,7 +167,7 @@ def _is_matrix(parameter: Tensor) -> bool:
     return sum(size > 1 for size in parameter.shape) > 1 and parameter.shape[0] > 1
 
 
-_OURS = ("lr", "steps", "mixed")
+_OURS = ("lr", "steps", "mixed", "schedule")
 
 
 def _common(options: Settings, seed: int) -> Settings:
@@ -180,17 +180,19 @@ METHODS: dict[str, Callable[[Task, Settings, int], Trainer]] = {
 }
 
 
-def schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """A tenth of the steps to warm up, then a cosine to zero.
+def schedule(optimizer: torch.optim.Optimizer, steps: int, shape: str = "cosine") -> LambdaLR:
+    """A tenth of the steps to warm up, then a cosine to zero, or "constant".
 
     Without the warm-up Adam's first steps throw the linear probe away: the ViT's loss rises from
     1.5 to 9 in one step, and after 152 steps it is 13 points worse in distribution.
     """
     warm = max(1, steps // 10)
-    return LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps)),
-    )
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warm)
+        return rise if shape == "constant" else rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    return LambdaLR(optimizer, factor)
 
 
 def interpolated(start: Classifier, end: Classifier, share: float) -> Classifier:

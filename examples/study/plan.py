@@ -9,6 +9,7 @@ what is measured of it. The stages:
 - imbalance: the same settings on a long-tailed training set.
 - why: what the weights do on the way; a cell has all seeds.
 - levers: the bare optimizer, and GMixout around the library's defaults.
+- attempts: what might make GMixout better; both without a learning rate that falls.
 - longer: three times as many steps.
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from study.attempts import CHANGES
 from study.methods import Settings
 from study.tasks import task as named
 
@@ -137,6 +139,7 @@ TUNED = (
 
 # Seeds that neither tuning nor the final table has.
 LEVER_SEEDS = {"A": (10, 11, 12), "B": (10, 11), "C": (10, 11)}
+IMBALANCE_SEEDS = 3
 
 
 # What is changed of the defaults. "lr" is a multiple of the learning rate in the middle.
@@ -150,6 +153,7 @@ SWEEPS: dict[str, list[Settings]] = {
     "mask_prob": [{"mask_prob": p} for p in (0.5, 0.8, 0.95, 0.99)],
     "resample_every": [{"resample_every": k} for k in (1, 2, 5, 20, 50)],
     "anchor_decay": [{"anchor_decay": decay} for decay in (0.0, 0.5, 0.9, 0.95)],
+    "lr_scale": [{"lr_scale": scale} for scale in (1.0, 3.0)],
     "lr": [{"mask_prob": p, "lr": times} for p in (0.5, 0.9) for times in (0.25, 0.5, 2.0)],
     "variants": [
         {"rescale": True, "anchor_decay": 0.0},
@@ -157,17 +161,20 @@ SWEEPS: dict[str, list[Settings]] = {
         {"sampler": "bernoulli"},
         {"granularity": "row"},
         {"granularity": 16},
-        {"mixed": "matrices"},
     ],
+    "vectors": [{"mixed": "matrices"}],
 }
+# What goes together is shown on the foundation model, each lever alone where runs are cheap. The
+# EfficientNet trains no vectors: its BatchNorm is frozen.
+_ON_FOUNDATION_MODEL = ("together", "vectors")
 
 
 def sweep(task: str, name: str | None = None) -> list[Settings]:
     """The cells' settings of a sweep, with the learning rate itself; without a name of all."""
     middle = LEARNING_RATES[_setting(task)][2]
     names = SWEEPS if name is None else [name]
-    if _setting(task) != "A":
-        names = [each for each in names if each == "together"]
+    large = _setting(task) != "A"
+    names = [each for each in names if (each in _ON_FOUNDATION_MODEL) == large]
     changes = [change for each in names for change in SWEEPS[each]]
     return [{**change, "lr": middle * change.get("lr", 1.0)} for change in changes]
 
@@ -178,6 +185,17 @@ def levers(task: str) -> list[tuple[str, Settings]]:
     return [
         ("lp_ft", {"lr": lr, "ema": [0.98]}),
         *(("gmixout", settings) for settings in [{"lr": lr}, *sweep(task)]),
+    ]
+
+
+def attempts(task: str) -> list[tuple[str, Settings]]:
+    """Changes of the defaults, and a learning rate that stays with and without GMixout."""
+    lr = LEARNING_RATES[_setting(task)][2]
+    constant = {"lr": lr, "schedule": "constant"}
+    return [
+        *(("attempt", {"lr": lr, "change": change}) for change in CHANGES),
+        ("lp_ft", {**constant, "ema": [0.98]}),
+        ("attempt", {**constant, "change": "none"}),
     ]
 
 
@@ -245,6 +263,11 @@ def chosen_share(results: Results, task: str, method: str, choices: int = 4) -> 
     return max(WISE_SHARES, key=lambda share: _quality(measured[f"wise {share:g}"]))
 
 
+def imbalance_seeds(scope: Scope) -> int:
+    """Seeds of the tables of class imbalance: fewer, to keep the study within hours."""
+    return min(scope.seeds, IMBALANCE_SEEDS)
+
+
 def final_settings(results: Results, task: str, scope: Scope) -> dict[str, tuple[str, Settings]]:
     """The runs of the final table, by the name of their row, as far as tuning has decided them.
 
@@ -284,7 +307,7 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         settings = final_settings(results, task, scope)
         if _setting(task) != "A":  # a training run takes minutes: the lines that matter
             settings = {name: settings[name] for name in _FEW if name in settings}
-        yield from _seeds(f"{task} long-tailed", "imbalance", settings, scope.seeds)
+        yield from _seeds(f"{task} long-tailed", "imbalance", settings, imbalance_seeds(scope))
         if _setting(task) == "A":  # all seeds of it
             for method, choice in why(results, task, scope):
                 yield Cell(task, "why", method, choice, scope.seeds)
@@ -292,6 +315,8 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         for seed in seeds if scope.levers is None else seeds[:1]:
             for method, choice in levers(task)[: scope.levers]:
                 yield Cell(task, "levers", method, choice, seed)
+            for method, choice in attempts(task) if _setting(task) == "A" else []:
+                yield Cell(task, "attempts", method, choice, seed)
     for task in scope.tasks:
         if _setting(task) != "A":
             for method, choice in longer(task)[: scope.levers]:

@@ -59,8 +59,8 @@ class Report:
             [
                 name,
                 str(model.runs),
-                f"{model.runs * _median([row['seconds'] for row in model.rows]) / _seconds(lines):.2f}x",
-                f"{_median([row['optimizer_bytes'] for row in model.rows]) / 1e6:.0f} MB",
+                f"{model.runs * _seconds(model) / _seconds(lines['LP-FT']):.2f}x",
+                f"{_kept(model) / 1e6:.0f} MB",
             ]
             for name, model in lines.items()
             if model.runs
@@ -101,6 +101,25 @@ class Report:
             accuracies = [_with_interval(model, each) for each in MEASURES]
             rows.append([model.name, *accuracies, str(len(model.measured))])
         return _markdown(["", "ID", "OOD", "corrupted", "seeds"], rows) if rows else NOT_RUN
+
+    def attempts(self, task: str) -> str:
+        """What was tried to better the defaults."""
+        lines = analysis.attempts(self.results, task)
+        if len(lines) < len(plan.attempts(task)):
+            return NOT_RUN
+        rows = [
+            [
+                model.name,
+                *(_with_interval(model, each) for each in MEASURES),
+                *(
+                    "" if model is lines[0] else _difference(model, lines[0], each)
+                    for each in MEASURES
+                ),
+            ]
+            for model in lines
+        ]
+        differences = [f"{head} against defaults" for head in ("ID", "OOD", "corrupted")]
+        return _markdown(["", "ID", "OOD", "corrupted", *differences], rows)
 
     def longer(self, task: str) -> str:
         """Runs of three times as many steps."""
@@ -229,12 +248,17 @@ def _words(settings: dict[str, object]) -> str:
     )
 
 
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def _seconds(model: Model) -> float:
+    """Of a training: the fastest of the seeds, as other work on the machine only adds."""
+    seconds: float = min(row["seconds"] for row in model.rows)
+    return seconds
 
 
-def _seconds(lines: dict[str, Model]) -> float:
-    return _median([row["seconds"] for row in lines["LP-FT"].rows])
+def _kept(model: Model) -> float:
+    """Bytes of optimizer state and copies of weights; those of a pool's cell are LP-FT's."""
+    kept: int = max(row["optimizer_bytes"] for row in model.rows)
+    copy = kept / 2  # AdamW has two values for each weight
+    return kept + copy if model.name == "weight EMA" else kept
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from models import Classifier
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from study.attempts import attempt
 from study.methods import METHODS, Settings, Trainer, schedule
 from study.tasks import Task, shots
 
@@ -37,11 +38,11 @@ def train(
     """Trains `task.pretrained`; `watch` is called after each step."""
     task.pretrained  # noqa: B018  made before the clock runs
     start = time.perf_counter()
-    trainer = METHODS[method](task, settings, seed)
+    trainer = {**METHODS, "attempt": attempt}[method](task, settings, seed)
     model, optimizer, images = trainer.model, trainer.optimizer, task.train
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     steps = settings.get("steps", task.steps)
-    scheduler = schedule(optimizer, steps)
+    scheduler = schedule(optimizer, steps, settings.get("schedule", "cosine"))
     generator = torch.Generator().manual_seed(seed)
     order: list[Tensor] = []
     for step in range(steps):
