@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from study import plan
-from study.plan import FULL, Results, Row, Scope, chosen_share, final_settings
+from study.plan import FULL, Results, Row, Scope, chosen_wise, final_settings, imbalance_settings
 
 # Two-sided 95 % points of Student's t, by degrees of freedom from 1.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -59,7 +59,7 @@ _LINES: tuple[tuple[str, str, str, int], ...] = (
     ("High-rate Mixout", "high_rate_mixout", "final", 1),
     ("GMixout, one line", "gmixout, defaults", "final", 1),
     ("GMixout", "gmixout", "final", 1),
-    ("GMixout + WiSE-FT", "gmixout", "wise", 1),
+    ("GMixout + WiSE-FT", "gmixout, wise", "wise", 1),
 )
 METHOD_NAMES = {
     "lp_ft": "LP-FT",
@@ -82,7 +82,8 @@ def models(
     found: dict[str, Model] = {}
     for row in results.of(task=where, stage=stage, method="pretrained"):
         found["linear probe"] = Model("linear probe", [row["models"]["final"]], [row], 0)
-    settings = final_settings(results, task, scope)
+    settings_of = imbalance_settings if stage == "imbalance" else final_settings
+    settings = settings_of(results, task, scope)
     for name, source, kind, runs in _LINES:
         if source not in settings:
             continue
@@ -97,14 +98,14 @@ def models(
 
 
 def curve(results: Results, task: str, line: str, scope: Scope = FULL) -> list[Model]:
-    """WiSE-FT from the linear probe to the models of a line, "LP-FT" or "GMixout"."""
+    """From the linear probe to fine-tuned weights, for the line "WiSE-FT" or "GMixout + WiSE-FT"."""
     lines = models(results, task, scope=scope)
-    end = lines[line]
-    shares = sorted(name for name in end.rows[0]["models"] if name.startswith("wise "))
-    between = [
-        Model(name, [row["models"][name] for row in end.rows], end.rows, 1) for name in shares
-    ]
-    return [lines["linear probe"], *between, end]
+    rows = lines[line].rows
+    names = sorted(name for name in rows[0]["models"] if name.startswith("wise "))
+    if "wise 1" not in names:
+        names.append("final")
+    mixed = [Model(name, [row["models"][name] for row in rows], rows, 1) for name in names]
+    return [lines["linear probe"], *mixed]
 
 
 def levers(results: Results, task: str, name: str) -> list[Model]:
@@ -161,9 +162,9 @@ def longer(results: Results, task: str) -> list[Model]:
         for row in results.of(task=task, stage="longer", method=method, settings=settings):
             own = {k: v for k, v in settings.items() if k not in ("lr", "ema", "steps")}
             words = ", ".join(_setting_in_words(*item) for item in own.items()) or "defaults"
+            trained = "LP-FT" if method == "lp_ft" else f"GMixout, {words}"
             for kind, measured in row["models"].items():
-                name = {"final": "LP-FT"}.get(kind, f"LP-FT, {kind}")
-                name = name if method == "lp_ft" else f"GMixout, {words}"
+                name = trained if kind == "final" else f"{trained}, {kind}"
                 found.append(Model(name, [measured], [row], 1))
     return found
 
@@ -213,9 +214,9 @@ def _kind(results: Results, task: str, source: str, kind: str, scope: Scope) -> 
     """The model's name in its row: WiSE-FT's has the share that was chosen."""
     if kind != "wise":
         return kind
-    method = "lp_ft" if source == "pool" else source
-    share = chosen_share(results, task, method, scope.choices)
-    return f"wise {share:g}"
+    found = chosen_wise(results, task, "lp_ft" if source == "pool" else "gmixout", scope.choices)
+    assert found is not None
+    return f"wise {found[1]:g}"
 
 
 def _seed(row: Row) -> int:

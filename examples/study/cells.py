@@ -13,7 +13,7 @@ from study.tasks import Task, task
 from study.training import Trained, measure, train, validation
 from study.why import decomposed, distance, path
 
-_WITH_WISE = ("tuning", "final", "imbalance")
+_WITH_WISE = ("tuning", "final", "imbalance", "longer")
 Measured = dict[str, dict[str, Any]]
 
 
@@ -49,20 +49,24 @@ def everything(where: Task, model: Classifier) -> dict[str, Any]:
 
 
 def _pool(cell: Cell, where: Task) -> Row:
-    """LP-FT at each of several learning rates; the methods that need no more training than that."""
+    """LP-FT at several learning rates; the methods that need no more training than that."""
     settings = cell.settings
-    decay: float = settings["ema"][1]
+    average_lr, decay = settings["ema"]
     pool: dict[float, Trained] = {}
     for number, lr in enumerate(settings["lrs"]):
-        # The first run is LP-FT itself: it shares its seed, its order of images, with all methods.
-        seed = cell.seed + 1000 * (number if lr != settings["lp_ft"] else 0)
-        pool[lr] = train(where, "lp_ft", {"lr": lr, "ema": [decay]}, seed)
+        # What has a line of its own shares its seed, its order of images, with all methods.
+        own = lr in (settings["lp_ft"], settings["wise"], average_lr)
+        averages = {"ema": [decay]} if lr == average_lr else {}
+        seed = cell.seed if own else cell.seed + 1000 * (number + 1)
+        pool[lr] = train(where, "lp_ft", {"lr": lr, **averages}, seed)
     tuned = pool[settings["lp_ft"]]
-    ingredients = [run.model for run in pool.values()]
-    models = {"final": tuned.model, **_wise(where, tuned.model)}
-    models["ema"] = pool[settings["ema"][0]].averages[f"ema {decay:g}"]
-    models["uniform soup"] = averaged([(model, 1 / len(pool)) for model in ingredients])
-    models["greedy soup"] = greedy_soup(where, ingredients)
+    models = {"final": tuned.model, **_wise(where, pool[settings["wise"]].model)}
+    models["wise 1"] = pool[settings["wise"]].model
+    models["ema"] = pool[average_lr].averages[f"ema {decay:g}"]
+    if settings["soups"]:
+        ingredients = [run.model for run in pool.values()]
+        models["uniform soup"] = averaged([(model, 1 / len(pool)) for model in ingredients])
+        models["greedy soup"] = greedy_soup(where, ingredients)
     return _row(cell, tuned, {name: everything(where, model) for name, model in models.items()})
 
 

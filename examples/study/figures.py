@@ -12,7 +12,7 @@ from results import write_atomically
 
 from study.analysis import METHOD_NAMES, Model, curve, models
 from study.analysis import levers as all_levers
-from study.plan import Results
+from study.plan import DEFAULTS, Results
 from study.tasks import task
 from study.why import SNAPSHOTS
 
@@ -32,7 +32,7 @@ def plane(results: Results, name: str) -> Figure:
     lines = models(results, name)
     for axes, (shift, words) in zip(panels, _SHIFTS.items(), strict=True):
         style(axes)
-        for line, colour in (("LP-FT", _WISE), ("GMixout", _OURS)):
+        for line, colour in (("WiSE-FT", _WISE), ("GMixout + WiSE-FT", _OURS)):
             if line in lines:
                 between = curve(results, name, line)
                 axes.plot(
@@ -41,7 +41,7 @@ def plane(results: Results, name: str) -> Figure:
                     color=colour,
                     alpha=0.45,
                     zorder=1,
-                    label=f"from the probe to {line} (WiSE-FT)",
+                    label=f"{line}, from the probe to fine-tuned",
                 )
         for model in lines.values():
             _point(axes, model, shift)
@@ -76,15 +76,15 @@ def _point(axes: Axes, model: Model, shift: str) -> None:
 def levers(results: Results, name: str) -> Figure:
     """Accuracy against each lever alone, the others at their defaults; the bare optimizer dotted."""
     sweeps = {
-        "mask_prob": ("mask_prob, p", 0.9),
-        "resample_every": ("resample_every, k", 10),
-        "anchor_decay": ("anchor_decay, lambda", 0.8),
+        "mask_prob": "mask_prob, p",
+        "resample_every": "resample_every, k",
+        "anchor_decay": "anchor_decay, lambda",
     }
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
-    for axes, (key, (words, default)) in zip(panels, sweeps.items(), strict=True):
+    for axes, (key, words) in zip(panels, sweeps.items(), strict=True):
         style(axes)
         bare, ours, *others = all_levers(results, name, key)
-        points = {default: ours}
+        points = {DEFAULTS[key]: ours}
         for model in others:
             points[model.rows[0]["cell"]["settings"][key]] = model
         for what, colour in (("id", _OTHERS), ("ood", _OURS), ("corruption", _WISE)):

@@ -112,17 +112,21 @@ def bias_variance_covariance(predicted: Tensor, targets: Tensor) -> dict[str, fl
 
 
 def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, Any]:
-    """Accuracies on straight lines from the pretrained weights, at two thirds of a run.
+    """Accuracies on straight lines from the pretrained weights, at about two thirds of a run.
+
+    The time is one step before an episode of ten ends: live weights are then as far from the anchor
+    as they come.
 
     Returns:
         "shares"; "deployed" and "live": accuracies in and out of distribution at each share of the
         way to the weights to deploy, and to those that the model trains with at the time.
     """
     steps = settings.get("steps", where.steps)
+    time = max(0, 2 * steps // 3 // 10 * 10 - 2)  # steps count from 0
     ends: dict[str, Classifier] = {}
 
     def watch(step: int, trainer: Trainer) -> None:
-        if step == 2 * steps // 3:
+        if step == time:
             ends["live"] = Classifier(trainer.model.backbone, trainer.model.head)
             ends["deployed"] = _deployed(trainer)
 
