@@ -94,11 +94,13 @@ def scaled_lr(lr: Any, scale: float) -> Any:
 def scaled_rates(base: Optimizer, scales: dict[Tensor, float]) -> Iterator[None]:
     """Inside the block these parameters train with so many times their group's learning rate.
 
-    A group that holds parameters of several scales is shown to the base as so many groups.
+    A group that holds parameters of several scales is shown to the base as so many groups. What the base
+    itself makes of a learning rate, it reads in its next step.
     """
     groups = base.param_groups
     kept = [(group, group["params"], group.get("lr")) for group in groups]
     shown: list[dict[str, Any]] = []
+    lent: list[tuple[Any, float]] = []
     for group, params, lr in kept:
         by_scale: dict[float, list[Tensor]] = {}
         for param in params:
@@ -110,16 +112,17 @@ def scaled_rates(base: Optimizer, scales: dict[Tensor, float]) -> Iterator[None]
             if lr is not None:
                 part["lr"] = scaled_lr(lr, scale)
             shown.append(part)
-    lent = [group.get("lr") for group in groups]
+        lent.append((group.get("lr"), parts[0][0]))
     base.param_groups = shown
     try:
         yield
     finally:
         base.param_groups = groups
-        for (group, params, lr), scaled in zip(kept, lent, strict=True):
+        for (group, params, lr), (scaled, scale) in zip(kept, lent, strict=True):
             group["params"] = params
-            if group.get("lr") is scaled and lr is not None:  # else the base has set its own
-                group["lr"] = lr
+            if lr is not None:
+                changed = group.get("lr")
+                group["lr"] = lr if changed is scaled else scaled_lr(changed, 1 / scale)
 
 
 def mark_stepped(base: Optimizer) -> None:

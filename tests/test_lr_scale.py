@@ -131,18 +131,21 @@ def test_lbfgs_has_one_rate_for_all() -> None:
     GMixoutOptimizer(base)
 
 
-def test_a_base_that_sets_its_own_rate_keeps_it() -> None:
+@pytest.mark.parametrize("mask_prob", [0.0, 0.75])
+def test_a_base_that_changes_its_rate_in_a_step_goes_on_from_it(mask_prob: float) -> None:
+    """The rate that it wrote is the one that it reads next, also where it is shown a scaled one."""
+
     class Halving(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             loss = super().step(closure)
             for group in self.param_groups:
+                read.append(group["lr"])
                 group["lr"] /= 2
             return loss
 
-    bare_model, model = small_model(), small_model()
-    bare = Halving(bare_model.parameters(), lr=0.1)
-    wrapped = GMixoutOptimizer(Halving(model.parameters(), lr=0.1), mask_prob=0.0)
-    train(bare_model, bare, range(4))
+    read: list[float] = []
+    model = small_model()
+    wrapped = GMixoutOptimizer(Halving(model.parameters(), lr=0.1), mask_prob=mask_prob)
     train(model, wrapped, range(4))
-    assert wrapped.param_groups[0]["lr"] == bare.param_groups[0]["lr"]
-    assert_equal(weights(model), weights(bare_model))
+    assert read == [0.1 / (1 - mask_prob) / 2**step for step in range(4)]
+    assert wrapped.param_groups[0]["lr"] == 0.1 / 2**4

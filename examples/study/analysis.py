@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from study import plan
+from study.methods import Settings
 from study.plan import FULL, Results, Row, Scope, chosen_wise, final_settings, imbalance_settings
 
 # Two-sided 95 % points of Student's t, by degrees of freedom from 1.
@@ -108,51 +109,99 @@ def curve(results: Results, task: str, line: str, scope: Scope = FULL) -> list[M
     return [lines["linear probe"], *mixed]
 
 
-def levers(results: Results, task: str, name: str) -> list[Model]:
-    """A sweep: the bare optimizer, the defaults, and what is changed of them, as far as run."""
-    cells = plan.levers(task)[:2] + [("gmixout", each) for each in plan.sweep(task, name)]
+def levers(results: Results, task: str, name: str, scope: Scope = FULL) -> list[Model]:
+    """A sweep: the bare optimizer, the defaults, and what is changed of them. Empty until all is run."""
+    sweep = plan.sweep(task, name)
+    if not sweep:  # it is of the other model
+        return []
+    cells = plan.levers(task)[:2] + [("gmixout", each) for each in sweep]
     names = ["without GMixout", "defaults"]
     names += [
         ", ".join(_setting_in_words(*item) for item in each.items()) for each in plan.SWEEPS[name]
     ]
+    return _lines(
+        results,
+        task,
+        [
+            _Line(words, "levers", method, settings)
+            for words, (method, settings) in zip(names, cells, strict=True)
+        ],
+        scope,
+    )
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Where a line of a table is found."""
+
+    name: str
+    stage: str
+    method: str
+    settings: Settings
+    kind: str = "final"
+
+
+def _lines(results: Results, task: str, lines: list[_Line], scope: Scope) -> list[Model]:
+    """Nothing until all seeds of all lines were run."""
     found = []
-    for words, (method, settings) in zip(names, cells, strict=False):
-        rows = sorted(
-            results.of(task=task, stage="levers", method=method, settings=settings), key=_seed
-        )
-        if rows:
-            found.append(Model(words, [row["models"]["final"] for row in rows], rows, 1))
+    for line in lines:
+        rows = results.of(task=task, stage=line.stage, method=line.method, settings=line.settings)
+        if len(rows) < len(plan.lever_seeds(task, scope)):
+            return []
+        rows.sort(key=_seed)
+        found.append(Model(line.name, [row["models"][line.kind] for row in rows], rows, 1))
     return found
 
 
-def attempts(results: Results, task: str) -> list[Model]:
+def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
     """GMixout's defaults, what was tried to better them, and a learning rate that stays."""
-    _, (_, defaults), *_ = plan.levers(task)
     stays = "constant learning rate: "
-    lines = [("defaults", "levers", "gmixout", defaults, "final")]
+    lines = []
     for method, settings in plan.attempts(task):
-        if "schedule" not in settings:
-            words = settings["change"]
-            ends = ("live", "whole episodes") if words == "none" else ("final",)
-            lines += [(_ENDS.get(end, words), "attempts", method, settings, end) for end in ends]
-        elif method == "lp_ft":
-            lines.append((stays + "LP-FT", "attempts", method, settings, "final"))
-            lines.append((stays + "LP-FT, EMA", "attempts", method, settings, "ema 0.98"))
+        if method == "lp_ft":
+            names = {"final": stays + "LP-FT", "ema 0.98": stays + "LP-FT, its EMA"}
+        elif settings["change"] != "none":
+            names = {"final": settings["change"]}
         else:
-            lines += [
-                (stays + _ENDS.get(end, "defaults"), "attempts", method, settings, end)
-                for end in ("final", "live", "whole episodes")
-            ]
-    found = []
-    for words, stage, method, settings, kind in lines:
-        rows = results.of(task=task, stage=stage, method=method, settings=settings)
-        if rows:
-            rows.sort(key=_seed)
-            found.append(Model(words, [row["models"][kind] for row in rows], rows, 1))
-    return found
+            before = stays if "schedule" in settings else ""
+            names = {kind: before + end for kind, end in _ENDS.items()}
+        lines += [_Line(name, "attempts", method, settings, kind) for kind, name in names.items()]
+    return _lines(results, task, lines, scope)
 
 
-_ENDS = {"live": "last episode taken in full", "whole episodes": "last episode left out"}
+def cold(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
+    """With and without warm-up, LP-FT and GMixout's defaults."""
+    warm = plan.levers(task)[:2]
+    names = ("LP-FT", "GMixout, defaults")
+    return _lines(
+        results,
+        task,
+        [
+            *(_Line(n, "levers", *cell) for n, cell in zip(names, warm, strict=True)),
+            *(
+                _Line(f"{n}, no warm-up", "attempts", *cell)
+                for n, cell in zip(names, plan.cold(task), strict=True)
+            ),
+        ],
+        scope,
+    )
+
+
+def why(results: Results, task: str, scope: Scope = FULL) -> list[Row]:
+    """The cells that look into the methods, with the settings that were chosen; none until all ran."""
+    rows = [
+        row
+        for method, settings in plan.why(results, task, scope)
+        for row in results.of(task=task, stage="why", method=method, settings=settings)
+    ]
+    return rows if len(rows) == len(METHOD_NAMES) else []
+
+
+_ENDS = {
+    "final": "defaults",
+    "live": "last episode taken in full",
+    "whole episodes": "last episode left out",
+}
 
 
 def longer(results: Results, task: str) -> list[Model]:

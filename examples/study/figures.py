@@ -10,13 +10,18 @@ from matplotlib.figure import Figure
 from picture import style
 from results import write_atomically
 
-from study.analysis import METHOD_NAMES, Model, curve, models
+from study.analysis import METHOD_NAMES, Model, curve, models, why
 from study.analysis import levers as all_levers
-from study.plan import DEFAULTS, Results
+from study.plan import DEFAULTS, FULL, Results, Scope
 from study.tasks import task
 from study.why import SNAPSHOTS
 
 _OURS, _OTHERS, _WISE = "#1f77b4", "#7a7a7a", "#cf5f36"
+LEVERS = {
+    "mask_prob": "mask_prob, p",
+    "resample_every": "resample_every, k",
+    "anchor_decay": "anchor_decay, lambda",
+}
 _SHIFTS = {"ood": "other styles", "corruption": "corruptions"}
 
 
@@ -26,15 +31,15 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plane(results: Results, name: str) -> Figure:
+def plane(results: Results, name: str, scope: Scope = FULL) -> Figure:
     """Accuracy in distribution against accuracy under both shifts, a point for each method."""
     figure, panels = plt.subplots(1, 2, figsize=(11.5, 5.2), layout="constrained")
-    lines = models(results, name)
+    lines = models(results, name, scope=scope)
     for axes, (shift, words) in zip(panels, _SHIFTS.items(), strict=True):
         style(axes)
         for line, colour in (("WiSE-FT", _WISE), ("GMixout + WiSE-FT", _OURS)):
             if line in lines:
-                between = curve(results, name, line)
+                between = curve(results, name, line, scope)
                 axes.plot(
                     [model.mean("id") for model in between],
                     [model.mean(shift) for model in between],
@@ -73,17 +78,12 @@ def _point(axes: Axes, model: Model, shift: str) -> None:
     )
 
 
-def levers(results: Results, name: str) -> Figure:
+def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
     """Accuracy against each lever alone, the others at their defaults; the bare optimizer dotted."""
-    sweeps = {
-        "mask_prob": "mask_prob, p",
-        "resample_every": "resample_every, k",
-        "anchor_decay": "anchor_decay, lambda",
-    }
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
-    for axes, (key, words) in zip(panels, sweeps.items(), strict=True):
+    for axes, (key, words) in zip(panels, LEVERS.items(), strict=True):
         style(axes)
-        bare, ours, *others = all_levers(results, name, key)
+        bare, ours, *others = all_levers(results, name, key, scope)
         points = {DEFAULTS[key]: ours}
         for model in others:
             points[model.rows[0]["cell"]["settings"][key]] = model
@@ -108,14 +108,14 @@ def levers(results: Results, name: str) -> Figure:
     return figure
 
 
-def distance(results: Results, name: str) -> Figure:
+def distance(results: Results, name: str, scope: Scope = FULL) -> Figure:
     """How far from the pretrained weights the methods end, and what they gain and lose there."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axes, (what, words) in zip(
         panels, {"id": "in distribution", "ood": "on other styles"}.items(), strict=True
     ):
         style(axes)
-        for model in models(results, name).values():
+        for model in models(results, name, scope=scope).values():
             x, y = model.mean("distance"), model.mean(what)
             colour = _OURS if "GMixout" in model.name else _OTHERS
             axes.plot(x, y, "o", color=colour)
@@ -132,10 +132,10 @@ def distance(results: Results, name: str) -> Figure:
     return figure
 
 
-def errors(results: Results, name: str) -> Figure:
+def errors(results: Results, name: str, scope: Scope = FULL) -> Figure:
     """Bias, variance and covariance of the errors of snapshots, stacked as they add up."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    rows = results.of(task=name, stage="why")
+    rows = why(results, name, scope)
     for axes, shift in zip(panels, ("id", "ood"), strict=True):
         style(axes)
         for place, row in enumerate(rows):
@@ -164,14 +164,12 @@ def errors(results: Results, name: str) -> Figure:
     return figure
 
 
-def paths(results: Results, name: str) -> Figure:
+def paths(results: Results, name: str, scope: Scope = FULL) -> Figure:
     """Accuracy on the straight lines from the pretrained weights to those at two thirds of a run."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axes, what in zip(panels, ("id", "ood"), strict=True):
         style(axes)
-        for row, colour in zip(
-            results.of(task=name, stage="why"), (_OTHERS, _WISE, _OURS), strict=True
-        ):
+        for row, colour in zip(why(results, name, scope), (_OTHERS, _WISE, _OURS), strict=True):
             method = row["cell"]["method"]
             for end, dashes in (("live", "--"), ("deployed", "-")):
                 if end == "live" and method == "lp_ft":

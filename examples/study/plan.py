@@ -184,6 +184,12 @@ def sweep(task: str, name: str | None = None) -> list[Settings]:
     return [{**change, "lr": middle * change.get("lr", 1.0)} for change in changes]
 
 
+def lever_seeds(task: str, scope: Scope) -> tuple[int, ...]:
+    """Seeds of the stages "levers" and "attempts"."""
+    seeds = LEVER_SEEDS[_setting(task)]
+    return seeds if scope.levers is None else seeds[:1]
+
+
 def levers(task: str) -> list[tuple[str, Settings]]:
     """The bare optimizer, GMixout with its defaults, and all sweeps around them."""
     lr = LEARNING_RATES[_setting(task)][2]
@@ -349,8 +355,7 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         if _setting(task) == "A":  # all seeds of it
             for method, choice in why(results, task, scope):
                 yield Cell(task, "why", method, choice, scope.seeds)
-        seeds = LEVER_SEEDS[_setting(task)]
-        for seed in seeds if scope.levers is None else seeds[:1]:
+        for seed in lever_seeds(task, scope):
             for method, choice in levers(task)[: scope.levers]:
                 yield Cell(task, "levers", method, choice, seed)
             for method, choice in attempts(task) if _setting(task) == "A" else cold(task):
@@ -358,7 +363,7 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
     for task in scope.tasks:
         if _setting(task) != "A":
             for method, choice in longer(task)[: scope.levers]:
-                yield Cell(task, "longer", method, choice, LEVER_SEEDS[_setting(task)][0])
+                yield Cell(task, "longer", method, choice, lever_seeds(task, scope)[0])
 
 
 _FEW = ("pool", "gmixout, defaults", "gmixout", "gmixout, wise")

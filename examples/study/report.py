@@ -11,14 +11,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from study import analysis, plan
+from study import analysis, figures, plan
 from study.analysis import MEASURES, Model
-from study.plan import Results
+from study.plan import FULL, Results, Scope
 from study.runner import DOCS, RESULTS, load
 from study.tasks import task as task_named
 
 TEMPLATE = Path(__file__).with_name("robustness.md.in")
 NOT_RUN = "*Not run yet.*"
+_HEADS = {"id": "ID", "ood": "OOD", "corruption": "corrupted"}
 _TERMS = ("bias", "variance", "covariance", "sum", "error")
 PAGE = DOCS / "robustness.md"
 
@@ -26,33 +27,35 @@ PAGE = DOCS / "robustness.md"
 class Report:
     """The functions that the page may call. Those that need cells which were not run say so."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Results, scope: Scope = FULL) -> None:
         self.results = results
+        self.scope = scope
 
     def table(self, task: str, stage: str = "final") -> str:
         """Accuracies of all methods, with differences to LP-FT."""
-        lines = analysis.models(self.results, task, stage)
+        lines = analysis.models(self.results, task, stage, self.scope)
         if "LP-FT" not in lines:
             return NOT_RUN
         what = ["id", "many", "medium", "few", "ood"] if stage == "imbalance" else [*MEASURES]
-        heads = {"id": "ID", "ood": "OOD", "corruption": "corrupted"}
-        header = ["method", *(heads.get(each, each) for each in what)]
-        if stage == "final":
-            header += [f"{heads[each]} against LP-FT" for each in MEASURES]
-        rows = []
-        for name, model in lines.items():
-            row = [name, *(_with_interval(model, each) for each in what)]
-            if stage == "final":
-                row += [
+        compared = MEASURES if stage == "final" else ("id", "ood")
+        header = ["method", *(_HEADS.get(each, each) for each in what)]
+        header += [f"{_HEADS[each]} against LP-FT" for each in compared]
+        rows = [
+            [
+                name,
+                *(_with_interval(model, each) for each in what),
+                *(
                     "" if name == "LP-FT" else _difference(model, lines["LP-FT"], each)
-                    for each in MEASURES
-                ]
-            rows.append(row)
+                    for each in compared
+                ),
+            ]
+            for name, model in lines.items()
+        ]
         return _markdown(header, rows)
 
     def costs(self, task: str) -> str:
         """Time and memory of each method as a share of LP-FT's, and the trainings that it takes."""
-        lines = analysis.models(self.results, task)
+        lines = analysis.models(self.results, task, scope=self.scope)
         if "LP-FT" not in lines:
             return NOT_RUN
         rows = [
@@ -69,25 +72,28 @@ class Report:
 
     def against(self, task: str, name: str) -> str:
         """Paired differences of a line to full fine-tuning, LP-FT and the best competitors."""
-        lines = analysis.models(self.results, task)
+        lines = analysis.models(self.results, task, scope=self.scope)
         if name not in lines or "LP-FT" not in lines:
             return NOT_RUN
-        others = {"full fine-tuning": "full fine-tuning", "LP-FT": "LP-FT"}
+        others: dict[str, list[str]] = {"full fine-tuning": [], "LP-FT": []}
         for what in MEASURES:
             best = analysis.best_competitor(lines, lambda model, what=what: model.mean(what))  # type: ignore[misc]
-            others.setdefault(best.name, f"{best.name}, the best on {what}")
+            others.setdefault(best.name, []).append(_HEADS[what])
         rows = [
-            [words, *(_difference(lines[name], lines[other], each) for each in MEASURES)]
-            for other, words in others.items()
+            [
+                f"{other}, the best on {' and '.join(best)}" if best else other,
+                *(_difference(lines[name], lines[other], each) for each in MEASURES),
+            ]
+            for other, best in others.items()
             if other in lines
         ]
-        return _markdown([f"{name} against", "ID", "OOD", "corrupted"], rows)
+        return _markdown([f"{name} against", *(_HEADS[each] for each in MEASURES)], rows)
 
     def tuning(self, task: str) -> str:
         """What each method was tuned over, and what won."""
         rows = []
         for method in plan.TUNED:
-            winner = plan.chosen(self.results, task, method)
+            winner = plan.chosen(self.results, task, method, self.scope.choices)
             tried = "; ".join(_words(settings) for settings in plan.grid(task, method))
             rows.append(
                 [method.replace("_", " "), tried, _words(winner) if winner is not None else ""]
@@ -95,31 +101,16 @@ class Report:
         return _markdown(["method", "tried", "chosen"], rows)
 
     def levers(self, task: str, sweep: str) -> str:
-        """Means over seeds: the bare optimizer, the defaults, and the settings of a sweep."""
-        rows = []
-        for model in analysis.levers(self.results, task, sweep):
-            accuracies = [_with_interval(model, each) for each in MEASURES]
-            rows.append([model.name, *accuracies, str(len(model.measured))])
-        return _markdown(["", "ID", "OOD", "corrupted", "seeds"], rows) if rows else NOT_RUN
+        """The bare optimizer, the defaults, and the settings of a sweep: means over seeds."""
+        return _beside_defaults(analysis.levers(self.results, task, sweep, self.scope), 1)
 
     def attempts(self, task: str) -> str:
         """What was tried to better the defaults."""
-        lines = analysis.attempts(self.results, task)
-        if len(lines) < len(plan.attempts(task)):
-            return NOT_RUN
-        rows = [
-            [
-                model.name,
-                *(_with_interval(model, each) for each in MEASURES),
-                *(
-                    "" if model is lines[0] else _difference(model, lines[0], each)
-                    for each in MEASURES
-                ),
-            ]
-            for model in lines
-        ]
-        differences = [f"{head} against defaults" for head in ("ID", "OOD", "corrupted")]
-        return _markdown(["", "ID", "OOD", "corrupted", *differences], rows)
+        return _beside_defaults(analysis.attempts(self.results, task, self.scope), 0)
+
+    def cold(self, task: str) -> str:
+        """Runs without warm-up, and the same with it."""
+        return _beside_defaults(analysis.cold(self.results, task, self.scope), 1)
 
     def longer(self, task: str) -> str:
         """Runs of three times as many steps."""
@@ -132,7 +123,7 @@ class Report:
     def errors(self, task: str) -> str:
         """Bias, variance, covariance and locality of snapshots."""
         rows = []
-        for row in self.results.of(task=task, stage="why"):
+        for row in analysis.why(self.results, task, self.scope):
             for shift in ("id", "ood"):
                 terms = row["errors"][shift]
                 rows.append(
@@ -146,7 +137,7 @@ class Report:
 
     def distances(self, task: str) -> str:
         """How far from the pretrained weights each method ends."""
-        lines = analysis.models(self.results, task)
+        lines = analysis.models(self.results, task, scope=self.scope)
         rows = [
             [
                 name,
@@ -162,10 +153,6 @@ class Report:
         """How many cells the results file holds."""
         return str(len(self.results.rows))
 
-    def hours(self) -> str:
-        """Training time of all cells, in hours of one core."""
-        return f"{sum(row.get('seconds', 0) for row in self.results.rows.values()) / 3600:.1f}"
-
     def model(self, task: str) -> str:
         """The pretrained model, in words."""
         return task_named(task).model
@@ -176,17 +163,17 @@ class Report:
 
     def picture(self, task: str, name: str, words: str) -> str:
         """A picture, once there is what it is drawn from."""
-        drawn = name in pictures(self.results, task)
+        drawn = name in pictures(self.results, task, self.scope)
         return f"![{words}](images/robustness_{name}_{task}.png)" if drawn else NOT_RUN
 
-    def classes(self, task: str) -> str:
+    def images(self, task: str) -> str:
         """How many images a long-tailed training set has."""
         return str(len(task_named(f"{task} long-tailed").train))
 
 
-def render(template: str, results: Results) -> str:
+def render(template: str, results: Results, scope: Scope = FULL) -> str:
     """The page: calls in the template replaced by what they return."""
-    report = Report(results)
+    report = Report(results, scope)
 
     def call(match: re.Match[str]) -> str:
         name, *arguments = [part.strip() for part in match[1].split("|")]
@@ -196,28 +183,45 @@ def render(template: str, results: Results) -> str:
     return re.sub(r"\{\{(.+?)\}\}", call, template)
 
 
-def pictures(results: Results, task: str) -> list[str]:
+def pictures(results: Results, task: str, scope: Scope = FULL) -> list[str]:
     """What there is enough of to draw: names of functions in `figures`."""
     names = []
-    if "LP-FT" in analysis.models(results, task):
+    if "LP-FT" in analysis.models(results, task, scope=scope):
         names += ["plane", "distance"]
-    if results.of(task=task, stage="why"):
+    if analysis.why(results, task, scope):
         names += ["errors", "paths"]
-    if len(analysis.levers(results, task, "anchor_decay")) > 5:
+    if all(analysis.levers(results, task, lever, scope) for lever in figures.LEVERS):
         names.append("levers")
     return names
 
 
 def main() -> None:
     """Writes page and pictures."""
-    from study import figures
-
     results = load(RESULTS)
     PAGE.write_text(render(TEMPLATE.read_text(), results))
     for task in ("A", "B"):
         for name in pictures(results, task):
             figure = getattr(figures, name)(results, task)
             figures.save(figure, DOCS / "images" / f"robustness_{name}_{task}.png")
+
+
+def _beside_defaults(lines: list[Model], defaults: int) -> str:
+    """Means, and paired differences to one of the lines; those over fewer than three seeds bare."""
+    if not lines:
+        return NOT_RUN
+    rows = [
+        [
+            model.name,
+            *(f"{model.mean(each):.1f}" for each in MEASURES),
+            *(
+                "" if model is lines[defaults] else _difference(model, lines[defaults], each)
+                for each in MEASURES
+            ),
+        ]
+        for model in lines
+    ]
+    heads = [_HEADS[each] for each in MEASURES]
+    return _markdown(["", *heads, *(f"{head} against defaults" for head in heads)], rows)
 
 
 def _with_interval(model: Model, what: str) -> str:
@@ -228,7 +232,7 @@ def _with_interval(model: Model, what: str) -> str:
 def _difference(a: Model, b: Model, what: str) -> str:
     """Bold where the interval leaves zero out."""
     gain, half = analysis.difference(a, b, what)
-    if half is None:
+    if half is None or len(a.measured) < 3:  # of two seeds an interval says nothing
         return f"{gain:+.1f}"
     text = f"{gain:+.1f} ± {half:.1f}"
     return f"**{text}**" if abs(gain) > half else text

@@ -24,13 +24,19 @@ RESULTS = DOCS / "robustness.jsonl"
 def load(path: Path) -> Results:
     """The results so far. A last line that was cut off by a kill counts as not run."""
     results = Results()
-    if path.exists():
-        lines = path.read_text().split("\n")
-        for line in lines[:-1]:
-            results.add(json.loads(line))
-        if lines[-1]:
-            path.write_text("\n".join(lines[:-1]) + "\n" * (len(lines) > 1))
+    for line in _whole_lines(path):
+        results.add(json.loads(line))
     return results
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def _drop_cut_off_line(path: Path) -> None:
+    """To append after. Only the study itself may: a reader could meet a line in the making."""
+    if path.exists() and not path.read_text().endswith("\n"):
+        path.write_text("".join(line + "\n" for line in _whole_lines(path)))
 
 
 def append(path: Path, row: Row) -> None:
@@ -43,6 +49,7 @@ def append(path: Path, row: Row) -> None:
 
 def study(path: Path, plan: Callable[[Results], list[Cell]], workers: int) -> Results:
     """Runs what `plan` asks for, given the results so far, until it asks for nothing more."""
+    _drop_cut_off_line(path)
     results = load(path)
     running: dict[Future[Row], Cell] = {}
     context = multiprocessing.get_context("spawn")  # a fork of a threaded process may hang
