@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,7 +20,7 @@ from study.why import SNAPSHOTS
 _OURS, _OTHERS, _WISE = "#1f77b4", "#7a7a7a", "#cf5f36"
 LEVERS = {
     "mask_prob": "mask_prob, p",
-    "resample_every": "resample_every, k",
+    "resample_every": "resample_every, k; below: subnetworks seen",
     "anchor_decay": "anchor_decay, lambda",
 }
 _SHIFTS = {"ood": "other styles", "corruption": "corruptions"}
@@ -100,7 +101,11 @@ def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
                 label={"id": "ID", "ood": "OOD", "corruption": "corrupted"}[what],
             )
             axes.axhline(bare.mean(what), color=colour, linestyle=":", linewidth=1)
-        axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+        labels = [f"{place:g}" for place in places]
+        if key == "resample_every":
+            steps = task(name).steps
+            labels = [f"{place:g}\n{math.ceil(steps / place)}" for place in places]
+        axes.set_xticks(range(len(places)), labels)
         axes.set_xlabel(words)
     panels[0].set_ylabel("accuracy (%)")
     panels[0].legend(frameon=False, fontsize=8)
@@ -165,11 +170,12 @@ def errors(results: Results, name: str, scope: Scope = FULL) -> Figure:
 
 
 def paths(results: Results, name: str, scope: Scope = FULL) -> Figure:
-    """Accuracy on the straight lines from the pretrained weights to those at two thirds of a run."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axes, what in zip(panels, ("id", "ood"), strict=True):
-        style(axes)
-        for row, colour in zip(why(results, name, scope), (_OTHERS, _WISE, _OURS), strict=True):
+    """Accuracy on straight lines between pretrained, deployed and live weights, late in an episode."""
+    figure, panels = plt.subplots(1, 3, figsize=(12.5, 3.8), layout="constrained")
+    colours = (_OTHERS, _WISE, _OURS)
+    words = {"id": "in distribution", "ood": "on other styles"}
+    for axes, what in zip(panels, words, strict=False):
+        for row, colour in zip(why(results, name, scope), colours, strict=True):
             method = row["cell"]["method"]
             for end, dashes in (("live", "--"), ("deployed", "-")):
                 if end == "live" and method == "lp_ft":
@@ -181,9 +187,22 @@ def paths(results: Results, name: str, scope: Scope = FULL) -> Figure:
                     color=colour,
                     label=f"{METHOD_NAMES[method]}, {end}",
                 )
-        axes.set_xlabel("share of the way, 1: the weights themselves")
-        axes.set_ylabel(
-            {"id": "accuracy in distribution (%)", "ood": "accuracy on other styles (%)"}[what]
-        )
+        axes.set_xlabel("share of the way from the pretrained weights")
     panels[0].legend(frameon=False, fontsize=8)
+    for row, colour in zip(why(results, name, scope), colours, strict=True):
+        if row["cell"]["method"] != "lp_ft":
+            for what, dashes in (("id", "-"), ("ood", ":")):
+                panels[2].plot(
+                    row["path"]["shares"],
+                    [point[what] for point in row["path"]["between"]],
+                    dashes,
+                    color=colour,
+                    label=f"{METHOD_NAMES[row['cell']['method']]}, {words[what]}",
+                )
+    panels[2].set_xlabel("share of the way from deployed to live")
+    panels[2].legend(frameon=False, fontsize=8)
+    for axes, title in zip(panels, [*words.values(), "from deployed to live"], strict=True):
+        style(axes)
+        axes.set_title(title, loc="left", fontsize=10)
+    panels[0].set_ylabel("accuracy (%)")
     return figure

@@ -119,7 +119,8 @@ def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, A
 
     Returns:
         "shares"; "deployed" and "live": accuracies in and out of distribution at each share of the
-        way to the weights to deploy, and to those that the model trains with at the time.
+        way to the weights to deploy, and to those that the model trains with at the time;
+        "between": on the way from the former to the latter.
     """
     steps = settings.get("steps", where.steps)
     time = max(0, 2 * steps // 3 // 10 * 10 - 2)  # steps count from 0
@@ -131,9 +132,11 @@ def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, A
             ends["deployed"] = _deployed(trainer)
 
     train(where, method, settings, seed, watch)
+    lines = {name: (where.pretrained, end) for name, end in ends.items()}
+    lines["between"] = ends["deployed"], ends["live"]
     curves = {
-        name: [_accuracies(where, interpolated(where.pretrained, end, share)) for share in SHARES]
-        for name, end in ends.items()
+        name: [_accuracies(where, interpolated(start, end, share)) for share in SHARES]
+        for name, (start, end) in lines.items()
     }
     return {"shares": list(SHARES), **curves}
 
