@@ -150,10 +150,15 @@ IMBALANCE_SEEDS = 3
 # What is changed of the defaults. "lr" is a multiple of the learning rate in the middle.
 SWEEPS: dict[str, list[Settings]] = {
     "together": [
-        {"lr_scale": scale, "anchor_decay": decay, "resample_every": k}
-        for scale, decays in ((1.0, (0.0,)), (3.0, (0.0, 0.5)), (10.0, (0.5, 0.8, 0.9)))
-        for decay in decays
-        for k in ((5, 20) if scale > 1 else (20,))
+        *(
+            {"lr_scale": scale, "anchor_decay": decay, "resample_every": k}
+            for scale, decays in ((1.0, (0.0,)), (3.0, (0.0, 0.5)), (10.0, (0.5, 0.8, 0.9)))
+            for decay in decays
+            for k in ((5, 20) if scale > 1 else (20,))
+        ),
+        {"lr_scale": 20.0},
+        {"lr_scale": 20.0, "resample_every": 5},
+        {"lr_scale": 20.0, "anchor_decay": 0.9, "resample_every": 5},
     ],
     "mask_prob": [{"mask_prob": p} for p in (0.5, 0.8, 0.95, 0.99)],
     "resample_every": [{"resample_every": k} for k in (1, 2, 5, 20, 50)],

@@ -20,6 +20,14 @@ from study.tasks import task as task_named
 TEMPLATE = Path(__file__).with_name("robustness.md.in")
 NOT_RUN = "*Not run yet.*"
 _HEADS = {"id": "ID", "ood": "OOD", "corruption": "corrupted"}
+_SUMMARY = (
+    "linear probe",
+    "full fine-tuning",
+    "LP-FT",
+    "GMixout, one line",
+    "WiSE-FT",
+    "greedy soup",
+)
 _TERMS = ("bias", "variance", "covariance", "sum", "error")
 PAGE = DOCS / "robustness.md"
 
@@ -148,6 +156,17 @@ class Report:
             for name, model in lines.items()
         ]
         return _markdown(["", "distance", "ID", "OOD"], rows) if rows else NOT_RUN
+
+    def summary(self, task: str) -> str:
+        """The lines of the final table that README shows."""
+        lines = analysis.models(self.results, task, scope=self.scope)
+        if any(name not in lines for name in _SUMMARY):
+            return NOT_RUN
+        rows = [
+            [name, str(lines[name].runs), *(_with_interval(lines[name], each) for each in MEASURES)]
+            for name in _SUMMARY
+        ]
+        return _markdown(["method", "trainings", *(_HEADS[each] for each in MEASURES)], rows)
 
     def mean(self, task: str, line: str, what: str) -> str:
         """Of a line of the final table."""
