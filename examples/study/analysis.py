@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from study import plan
 from study.methods import Settings
-from study.plan import FULL, Results, Row, Scope, chosen_wise, final_settings, imbalance_settings
+from study.plan import FULL, Results, Row, Scope, chosen_wise, final_settings
 
 # Two-sided 95 % points of Student's t, by degrees of freedom from 1.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -83,8 +83,7 @@ def models(
     found: dict[str, Model] = {}
     for row in results.of(task=where, stage=stage, method="pretrained"):
         found["linear probe"] = Model("linear probe", [row["models"]["final"]], [row], 0)
-    settings_of = imbalance_settings if stage == "imbalance" else final_settings
-    settings = settings_of(results, task, scope)
+    settings = final_settings(results, task, scope)
     for name, source, kind, runs in _LINES:
         if source not in settings:
             continue

@@ -63,10 +63,9 @@ def _pool(cell: Cell, where: Task) -> Row:
     models = {"final": tuned.model, **_wise(where, pool[settings["wise"]].model)}
     models["wise 1"] = pool[settings["wise"]].model
     models["ema"] = pool[average_lr].averages[f"ema {decay:g}"]
-    if settings["soups"]:
-        ingredients = [run.model for run in pool.values()]
-        models["uniform soup"] = averaged([(model, 1 / len(pool)) for model in ingredients])
-        models["greedy soup"] = greedy_soup(where, ingredients)
+    ingredients = [run.model for run in pool.values()]
+    models["uniform soup"] = averaged([(model, 1 / len(pool)) for model in ingredients])
+    models["greedy soup"] = greedy_soup(where, ingredients)
     return _row(cell, tuned, {name: everything(where, model) for name, model in models.items()})
 
 

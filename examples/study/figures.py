@@ -7,7 +7,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from picture import style
 from results import write_atomically
 
@@ -57,11 +60,53 @@ def plane(results: Results, name: str, scope: Scope = FULL) -> Figure:
         )
     panels[0].legend(loc="best", frameon=False, fontsize=8)
     figure.suptitle(f"{task(name).model}: mean and 95 % interval over seeds", x=0.02, ha="left")
+    for axes, shift in zip(panels, _SHIFTS, strict=True):
+        _label(axes, list(lines.values()), "id", shift)
     return figure
 
 
+# Where a label may stand, in points from what it names, the first that is free.
+_PLACES = [
+    (x, y) for far in (1, 2.2, 3.5, 5) for x in (6 * far, -6 * far) for y in (5 * far, -11 * far)
+]
+
+
+def _label(axes: Axes, lines: list[Model], x: str, y: str) -> None:
+    """Names the points, without writing one name over another. Once all else is drawn."""
+    canvas = FigureCanvasAgg(axes.get_figure(root=True))
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    points = [(model.mean(x), model.mean(y)) for model in lines]
+    taken = [Bbox.from_bounds(*axes.transData.transform(point) - 5, 10, 10) for point in points]
+    if axes.get_legend() is not None:
+        taken.append(axes.get_legend().get_window_extent())
+    for model, point in zip(lines, points, strict=True):
+        for place in _PLACES:
+            text = axes.annotate(
+                model.name,
+                point,
+                textcoords="offset points",
+                xytext=place,
+                ha="left" if place[0] > 0 else "right",
+                fontsize=8,
+                color=_colour(model),
+                arrowprops={"arrowstyle": "-", "color": "#cccccc", "linewidth": 0.6},
+            )
+            text.set_in_layout(False)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text)  # without the line to the point
+            inside = axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and box.x1 <= axes.bbox.x1
+            if place == _PLACES[-1] or (inside and not any(box.overlaps(t) for t in taken)):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _colour(model: Model) -> str:
+    return _OURS if "GMixout" in model.name else _WISE if model.name == "WiSE-FT" else _OTHERS
+
+
 def _point(axes: Axes, model: Model, shift: str) -> None:
-    colour = _OURS if "GMixout" in model.name else _WISE if model.name == "WiSE-FT" else _OTHERS
     x, y = model.mean("id"), model.mean(shift)
     axes.errorbar(
         x,
@@ -69,13 +114,10 @@ def _point(axes: Axes, model: Model, shift: str) -> None:
         xerr=model.interval("id"),
         yerr=model.interval(shift),
         fmt="o",
-        color=colour,
+        color=_colour(model),
         markersize=6,
         elinewidth=0.8,
         alpha=0.9,
-    )
-    axes.annotate(
-        model.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=colour
     )
 
 
@@ -116,24 +158,17 @@ def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
 def distance(results: Results, name: str, scope: Scope = FULL) -> Figure:
     """How far from the pretrained weights the methods end, and what they gain and lose there."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    lines = list(models(results, name, scope=scope).values())
     for axes, (what, words) in zip(
         panels, {"id": "in distribution", "ood": "on other styles"}.items(), strict=True
     ):
         style(axes)
-        for model in models(results, name, scope=scope).values():
-            x, y = model.mean("distance"), model.mean(what)
-            colour = _OURS if "GMixout" in model.name else _OTHERS
-            axes.plot(x, y, "o", color=colour)
-            axes.annotate(
-                model.name,
-                (x, y),
-                textcoords="offset points",
-                xytext=(4, 4),
-                fontsize=8,
-                color=colour,
-            )
+        for model in lines:
+            axes.plot(model.mean("distance"), model.mean(what), "o", color=_colour(model))
         axes.set_xlabel("distance |w - w0| / |w0| of the backbone")
         axes.set_ylabel(f"accuracy {words} (%)")
+    for axes, what in zip(panels, ("id", "ood"), strict=True):
+        _label(axes, lines, "distance", what)
     return figure
 
 

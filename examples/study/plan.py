@@ -10,7 +10,7 @@ what is measured of it. The stages:
 - why: what the weights do on the way; a cell has all seeds.
 - levers: the bare optimizer, and GMixout around the library's defaults.
 - attempts: what might make GMixout better; without a learning rate that falls, or warms up.
-- longer: three times as many steps.
+- longer: several times as many steps.
 """
 
 from __future__ import annotations
@@ -225,18 +225,23 @@ def attempts(task: str) -> list[tuple[str, Settings]]:
     ]
 
 
+# How many times as many steps, and GMixout's settings.
+LONGER: dict[str, tuple[int, list[Settings]]] = {
+    "A": (6, [{}, {"resample_every": 50}, {"anchor_decay": 0.95}]),
+    "B": (3, [{}, GMIXOUT[-1]]),
+    "C": (3, [{}, {"resample_every": 50}]),
+}
+
+
 def longer(task: str) -> list[tuple[str, Settings]]:
-    """Three times as many steps, at the same learning rate."""
+    """More steps, at the same learning rate."""
     lr = LEARNING_RATES[_setting(task)][2]
+    times, ours = LONGER[_setting(task)]
     cells: list[tuple[str, Settings]] = [("lp_ft", {"lr": lr, "ema": [0.98]})]
-    cells += [
-        ("gmixout", {"lr": lr, **settings})
-        for settings in (
-            {},
-            {"resample_every": 5, "anchor_decay": 0.0, "lr_scale": 3.0},
-        )
+    cells += [("gmixout", {"lr": lr, **settings}) for settings in ours]
+    return [
+        (method, {**settings, "steps": times * named(task).steps}) for method, settings in cells
     ]
-    return [(method, {**settings, "steps": 3 * named(task).steps}) for method, settings in cells]
 
 
 def why(results: Results, task: str, scope: Scope) -> list[tuple[str, Settings]]:
@@ -318,7 +323,6 @@ def final_settings(results: Results, task: str, scope: Scope) -> dict[str, tuple
                 "lp_ft": lp_ft["lr"],
                 "ema": list(ema),
                 "wise": wise[0]["lr"],
-                "soups": True,
             },
         )
         # The line added to the tuned optimizer, and nothing else changed.
@@ -333,20 +337,6 @@ def final_settings(results: Results, task: str, scope: Scope) -> dict[str, tuple
     return found
 
 
-def imbalance_settings(
-    results: Results, task: str, scope: Scope
-) -> dict[str, tuple[str, Settings]]:
-    """As `final_settings`; where a training takes minutes the lines that matter, without soups."""
-    found = final_settings(results, task, scope)
-    if _setting(task) != "A":
-        found = {name: found[name] for name in _FEW if name in found}
-        if "pool" in found:
-            method, pool = found["pool"]
-            needed = {pool["lp_ft"], pool["ema"][0], pool["wise"]}
-            found["pool"] = method, {**pool, "lrs": sorted(needed), "soups": False}
-    return found
-
-
 def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
     """All cells that can be named now, also those that were run, in the order to run them."""
     for task in scope.tasks:
@@ -355,8 +345,9 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
                 yield _tuning(task, method, choice)
         yield from _seeds(task, "final", final_settings(results, task, scope), scope.seeds)
     for task in scope.tasks:
-        settings = imbalance_settings(results, task, scope)
-        yield from _seeds(f"{task} long-tailed", "imbalance", settings, imbalance_seeds(scope))
+        if _setting(task) != "B":  # there a training takes minutes
+            settings = final_settings(results, task, scope)
+            yield from _seeds(f"{task} long-tailed", "imbalance", settings, imbalance_seeds(scope))
         if _setting(task) == "A":  # all seeds of it
             for method, choice in why(results, task, scope):
                 yield Cell(task, "why", method, choice, scope.seeds)
@@ -366,12 +357,8 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
             for method, choice in attempts(task) if _setting(task) == "A" else cold(task):
                 yield Cell(task, "attempts", method, choice, seed)
     for task in scope.tasks:
-        if _setting(task) != "A":
-            for method, choice in longer(task)[: scope.levers]:
-                yield Cell(task, "longer", method, choice, lever_seeds(task, scope)[0])
-
-
-_FEW = ("pool", "gmixout, defaults", "gmixout", "gmixout, wise")
+        for method, choice in longer(task)[: scope.levers]:
+            yield Cell(task, "longer", method, choice, lever_seeds(task, scope)[0])
 
 
 def _seeds(

@@ -121,7 +121,7 @@ class Report:
         return _beside_defaults(analysis.cold(self.results, task, self.scope), 1)
 
     def longer(self, task: str) -> str:
-        """Runs of three times as many steps."""
+        """Runs of several times as many steps."""
         rows = [
             [model.name, *(f"{model.mean(each):.1f}" for each in MEASURES)]
             for model in analysis.longer(self.results, task)
