@@ -94,7 +94,7 @@ def _assert_page_and_pictures(results: plan.Results, folder: Path) -> None:
     template = template.replace("{{table|toy A|imbalance}}", "")
     page = report.render(template, results, plan.TOY)
     without_levers = re.sub(
-        r"\{\{(levers\|.*?|cold.*?|longer.*?|picture\|[^|]*\|levers.*?)\}\}", "", template
+        r"\{\{(levers\|.*?|few_attempts.*?|longer.*?|picture\|[^|]*\|levers.*?)\}\}", "", template
     )
     assert report.NOT_RUN not in report.render(without_levers, results, plan.TOY)
     assert "{{" not in page
@@ -130,6 +130,11 @@ def test_ends_quietly_when_it_is_interrupted(tmp_path: Path) -> None:
 def test_the_page_holds_what_the_results_say() -> None:
     written = report.render(report.TEMPLATE.read_text(), runner.load(report.RESULTS))
     assert report.PAGE.read_text() == written
+
+
+def test_readme_shows_what_the_results_say() -> None:
+    summary = report.Report(runner.load(report.RESULTS)).summary("B")
+    assert summary in (EXAMPLES.parent / "README.md").read_text()
 
 
 def test_no_result_stands_in_the_template_itself() -> None:

@@ -168,22 +168,19 @@ def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
     return _lines(results, task, lines, scope)
 
 
-def cold(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
-    """With and without warm-up, LP-FT and GMixout's defaults."""
-    warm = plan.levers(task)[:2]
-    names = ("LP-FT", "GMixout, defaults")
-    return _lines(
-        results,
-        task,
-        [
-            *(_Line(n, "levers", *cell) for n, cell in zip(names, warm, strict=True)),
-            *(
-                _Line(f"{n}, no warm-up", "attempts", *cell)
-                for n, cell in zip(names, plan.cold(task), strict=True)
-            ),
-        ],
-        scope,
-    )
+def few_attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
+    """Without warm-up; averages of weights with and without GMixout."""
+    lp_ft, ours = plan.levers(task)[:2]
+    cold_lp_ft, cold_ours, averaged = plan.few_attempts(task)
+    lines = [
+        _Line("LP-FT", "levers", *lp_ft),
+        _Line("defaults", "levers", *ours),
+        _Line("LP-FT, no warm-up", "attempts", *cold_lp_ft),
+        _Line("defaults, no warm-up", "attempts", *cold_ours),
+        _Line("LP-FT, its EMA", "levers", *lp_ft, kind="ema 0.98"),
+        _Line("defaults, its EMA", "attempts", *averaged, kind="ema 0.98"),
+    ]
+    return _lines(results, task, lines, scope)
 
 
 def why(results: Results, task: str, scope: Scope = FULL) -> list[Row]:
@@ -200,6 +197,7 @@ _ENDS = {
     "final": "defaults",
     "live": "last episode taken in full",
     "whole episodes": "last episode left out",
+    "ema 0.98": "its EMA",
 }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from models import Classifier
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gmixout_optim import GMixoutOptimizer
 from study.methods import Settings, Trainer, adamw, groups
@@ -19,7 +20,7 @@ def attempt(task: Task, settings: Settings, seed: int) -> Trainer:
     """GMixout with one `change`, a key of `CHANGES`.
 
     Its averages are other ways to end: "live" takes what the last episode has trained in full,
-    "whole episodes" leaves that episode out.
+    "whole episodes" leaves that episode out, "ema 0.98" averages the live weights of all steps.
     """
     change = settings["change"]
     model = Classifier(task.pretrained.backbone, task.pretrained.head)
@@ -27,7 +28,11 @@ def attempt(task: Task, settings: Settings, seed: int) -> Trainer:
     optimizer = GMixoutOptimizer(adamw(parameters), exclude="head.*", seed=seed)
     trainer = Trainer(model, optimizer)
 
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+    trainer.averages["ema 0.98"] = cast(Classifier, average.module)
+
     def after_step() -> None:
+        average.update_parameters(model)
         if change in _DECAYS:
             backbone = optimizer.param_groups[0]
             left = backbone["lr"] / backbone["initial_lr"]  # of the learning rate, from 1 to 0

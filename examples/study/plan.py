@@ -156,6 +156,7 @@ SWEEPS: dict[str, list[Settings]] = {
             for decay in decays
             for k in ((5, 20) if scale > 1 else (20,))
         ),
+        {"lr": 0.5},
         {"lr_scale": 20.0},
         {"lr_scale": 20.0, "resample_every": 5},
         {"lr_scale": 20.0, "anchor_decay": 0.9, "resample_every": 5},
@@ -204,10 +205,15 @@ def levers(task: str) -> list[tuple[str, Settings]]:
     ]
 
 
-def cold(task: str) -> list[tuple[str, Settings]]:
-    """Without warm-up."""
-    settings = {"lr": LEARNING_RATES[_setting(task)][2], "schedule": "cosine without warm-up"}
-    return [("lp_ft", settings), ("gmixout", settings)]
+def few_attempts(task: str) -> list[tuple[str, Settings]]:
+    """Without warm-up; and, with it, the average of GMixout's live weights."""
+    lr = LEARNING_RATES[_setting(task)][2]
+    settings = {"lr": lr, "schedule": "cosine without warm-up"}
+    return [
+        ("lp_ft", settings),
+        ("gmixout", settings),
+        ("attempt", {"lr": lr, "change": "none"}),
+    ]
 
 
 def attempts(task: str) -> list[tuple[str, Settings]]:
@@ -354,7 +360,7 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         for seed in lever_seeds(task, scope):
             for method, choice in levers(task)[: scope.levers]:
                 yield Cell(task, "levers", method, choice, seed)
-            for method, choice in attempts(task) if _setting(task) == "A" else cold(task):
+            for method, choice in attempts(task) if _setting(task) == "A" else few_attempts(task):
                 yield Cell(task, "attempts", method, choice, seed)
     for task in scope.tasks:
         for method, choice in longer(task)[: scope.levers]:

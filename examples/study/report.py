@@ -116,9 +116,9 @@ class Report:
         """What was tried to better the defaults."""
         return _beside_defaults(analysis.attempts(self.results, task, self.scope), 0)
 
-    def cold(self, task: str) -> str:
-        """Runs without warm-up, and the same with it."""
-        return _beside_defaults(analysis.cold(self.results, task, self.scope), 1)
+    def few_attempts(self, task: str) -> str:
+        """The same where a training takes minutes."""
+        return _beside_defaults(analysis.few_attempts(self.results, task, self.scope), 1)
 
     def longer(self, task: str) -> str:
         """Runs of several times as many steps."""
