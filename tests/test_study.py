@@ -71,6 +71,7 @@ def test_runs_at_toy_size_goes_on_after_a_kill_and_stops_when_all_is_there(tmp_p
         "why",
         "levers",
         "attempts",
+        "schedules",
         "longer",
     }
     for stage in ("final", "imbalance"):

@@ -169,18 +169,48 @@ def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
 
 
 def few_attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
-    """Without warm-up; averages of weights with and without GMixout."""
+    """Averages of weights with and without GMixout."""
     lp_ft, ours = plan.levers(task)[:2]
-    cold_lp_ft, cold_ours, averaged = plan.few_attempts(task)
+    (averaged,) = plan.few_attempts(task)
     lines = [
         _Line("LP-FT", "levers", *lp_ft),
         _Line("defaults", "levers", *ours),
-        _Line("LP-FT, no warm-up", "attempts", *cold_lp_ft),
-        _Line("defaults, no warm-up", "attempts", *cold_ours),
         _Line("LP-FT, its EMA", "levers", *lp_ft, kind="ema 0.98"),
         _Line("defaults, its EMA", "attempts", *averaged, kind="ema 0.98"),
     ]
     return _lines(results, task, lines, scope)
+
+
+def schedules(
+    results: Results, task: str, scope: Scope = FULL
+) -> dict[str, tuple[Model, Model, Model]]:
+    """By schedule LP-FT, its EMA, and GMixout as one line; those that were run."""
+    finals = models(results, task, scope=scope)
+    plain = plan.schedules(results, task, scope.choices)
+    found = {}
+    if "GMixout, one line" in finals:
+        found["cosine with warm-up"] = (
+            finals["LP-FT"],
+            finals["weight EMA"],
+            finals["GMixout, one line"],
+        )
+    for shape in plan.PLAIN_SCHEDULES:
+        rows = [
+            sorted(
+                results.of(task=task, stage="schedules", method=method, settings=settings),
+                key=_seed,
+            )
+            for method, settings in plain
+            if settings["schedule"] == shape
+        ]
+        if rows and all(len(each) == scope.seeds for each in rows):
+            lp_ft, ours = rows
+            found[shape] = (
+                Model("LP-FT", [row["models"]["final"] for row in lp_ft], lp_ft, 1),
+                Model("weight EMA", [row["models"]["ema 0.98"] for row in lp_ft], lp_ft, 1),
+                Model("GMixout, one line", [row["models"]["final"] for row in ours], ours, 1),
+            )
+    return found
 
 
 def why(results: Results, task: str, scope: Scope = FULL) -> list[Row]:

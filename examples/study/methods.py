@@ -184,13 +184,14 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int, shape: str = "cosine"
     """A tenth of the steps to warm up, then a cosine to zero.
 
     Args:
-        shape: "cosine", "constant" after the warm-up, or "cosine without warm-up".
+        shape: "cosine" or "constant", and with " without warm-up" behind it just that.
     """
-    warm = 1 if shape == "cosine without warm-up" else max(1, steps // 10)
+    warm = 1 if shape.endswith(" without warm-up") else max(1, steps // 10)
+    falls = shape.startswith("cosine")
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / warm)
-        return rise if shape == "constant" else rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return rise * 0.5 * (1 + math.cos(math.pi * step / steps)) if falls else rise
 
     return LambdaLR(optimizer, factor)
 

@@ -9,7 +9,8 @@ what is measured of it. The stages:
 - imbalance: the same settings on a long-tailed training set.
 - why: what the weights do on the way; a cell has all seeds.
 - levers: the bare optimizer, and GMixout around the library's defaults.
-- attempts: what might make GMixout better; without a learning rate that falls, or warms up.
+- attempts: what might make GMixout better; a learning rate that does not fall.
+- schedules: a learning rate that does not warm up, or never changes.
 - longer: several times as many steps.
 """
 
@@ -156,6 +157,8 @@ SWEEPS: dict[str, list[Settings]] = {
             for decay in decays
             for k in ((5, 20) if scale > 1 else (20,))
         ),
+        {"mask_prob": 0.5},
+        {"mask_prob": 0.5, "anchor_decay": 0.5},
         {"lr": 0.5},
         {"lr_scale": 20.0},
         {"lr_scale": 20.0, "resample_every": 5},
@@ -206,13 +209,23 @@ def levers(task: str) -> list[tuple[str, Settings]]:
 
 
 def few_attempts(task: str) -> list[tuple[str, Settings]]:
-    """Without warm-up; and, with it, the average of GMixout's live weights."""
-    lr = LEARNING_RATES[_setting(task)][2]
-    settings = {"lr": lr, "schedule": "cosine without warm-up"}
+    """Where a training takes minutes: the average of GMixout's live weights."""
+    return [("attempt", {"lr": LEARNING_RATES[_setting(task)][2], "change": "none"})]
+
+
+# What a script does that has no warm-up, or no schedule at all.
+PLAIN_SCHEDULES = ("cosine without warm-up", "constant without warm-up")
+
+
+def schedules(results: Results, task: str, choices: int = 4) -> list[tuple[str, Settings]]:
+    """LP-FT, and the line added to it, at the learning rate that was tuned with a schedule."""
+    lp_ft = chosen(results, task, "lp_ft", choices)
+    if lp_ft is None:
+        return []
     return [
-        ("lp_ft", settings),
-        ("gmixout", settings),
-        ("attempt", {"lr": lr, "change": "none"}),
+        (method, {"lr": lp_ft["lr"], "schedule": schedule, **settings})
+        for schedule in PLAIN_SCHEDULES
+        for method, settings in (("lp_ft", {"ema": [0.98]}), ("gmixout", {}))
     ]
 
 
@@ -362,6 +375,10 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
                 yield Cell(task, "levers", method, choice, seed)
             for method, choice in attempts(task) if _setting(task) == "A" else few_attempts(task):
                 yield Cell(task, "attempts", method, choice, seed)
+        plain = schedules(results, task, scope.choices)
+        yield from (
+            Cell(task, "schedules", *each, seed) for seed in range(scope.seeds) for each in plain
+        )
     for task in scope.tasks:
         for method, choice in longer(task)[: scope.levers]:
             yield Cell(task, "longer", method, choice, lever_seeds(task, scope)[0])

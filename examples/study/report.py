@@ -116,6 +116,26 @@ class Report:
         """What was tried to better the defaults."""
         return _beside_defaults(analysis.attempts(self.results, task, self.scope), 0)
 
+    def schedules(self, task: str) -> str:
+        """Other schedules, with differences to LP-FT on the same."""
+        found = analysis.schedules(self.results, task, self.scope)
+        if len(found) <= len(plan.PLAIN_SCHEDULES):
+            return NOT_RUN
+        rows = [
+            [
+                shape,
+                model.name,
+                *(_with_interval(model, each) for each in MEASURES),
+                *("" if model is lp_ft else _difference(model, lp_ft, each) for each in MEASURES),
+            ]
+            for shape, (lp_ft, *others) in found.items()
+            for model in (lp_ft, *others)
+        ]
+        heads = [_HEADS[each] for each in MEASURES]
+        return _markdown(
+            ["learning rate", "method", *heads, *(f"{head} against LP-FT" for head in heads)], rows
+        )
+
     def few_attempts(self, task: str) -> str:
         """The same where a training takes minutes."""
         return _beside_defaults(analysis.few_attempts(self.results, task, self.scope), 1)
