@@ -186,6 +186,12 @@ class Report:
             [name, str(lines[name].runs), *(_with_interval(lines[name], each) for each in MEASURES)]
             for name in _SUMMARY
         ]
+        for shape, (lp_ft, _, ours) in analysis.schedules(self.results, task, self.scope).items():
+            if shape in plan.PLAIN_SCHEDULES:
+                rows += [
+                    [f"{model.name}: {shape}", "1", *(_with_interval(model, m) for m in MEASURES)]
+                    for model in (lp_ft, ours)
+                ]
         return _markdown(["method", "trainings", *(_HEADS[each] for each in MEASURES)], rows)
 
     def mean(self, task: str, line: str, what: str) -> str:
