@@ -197,12 +197,12 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.9,
         help="share of weights at their anchor, p",
     )
-    add("--resample-every", metavar="K", type=count, default=10, help="steps in an episode, k")
+    add("--resample-every", metavar="K", type=count, default=20, help="steps in an episode, k")
     add(
         "--anchor-decay",
         metavar="LAMBDA",
         type=_number(float, "in [0, 1]", lambda decay: 0 <= decay <= 1),
-        default=0.8,
+        default=0.5,
         help="weight of the old anchor, lambda",
     )
     add("--device", type=_device, default="auto", help="auto (a GPU where there is one), cpu, ...")

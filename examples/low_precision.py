@@ -68,6 +68,7 @@ def make_optimizer(
         resample_every=settings.resample_every,
         anchor_decay=settings.anchor_decay,
         lr_scale=1.0,  # the smallest steps: what low precision loses is seen best
+        episode_warmup=0,
         grad_layout="packed",
         stochastic_rounding=training.stochastic_rounding,
         seed=seed,

@@ -87,7 +87,7 @@ class BatchedStep:
                 yield own[id(group)]
 
     def options(self, rows: list[Row]) -> dict[str, Any]:
-        """The base's options for rows of one group, which have one ``lr_scale``."""
+        """The base's options for rows of one group, which train at one rate."""
         options = rows[0][0].options
         return {key: options[key] for key in self.base.defaults}
 

@@ -162,6 +162,8 @@ def _up_to_date(group: Any) -> Any:
         run = {**run, "version": 2, "stochastic_rounding": False}
     if run.get("version") == 2:
         run = {**run, "version": 3, "lr_scale": 1.0}
+    if run.get("version") == 3:
+        run = {**run, "version": 4, "episode_warmup": 0}
     return {**group, KEY: run}
 
 

@@ -67,7 +67,7 @@ class _WholeParameters(Layout):
 
         try:
             lend()
-            with scaled_rates(self.base, {tensor.param: tensor.lr_scale for tensor in tensors}):
+            with scaled_rates(self.base, {tensor.param: tensor.rate for tensor in tensors}):
                 loss = enter_step(self.base, None if closure is None else evaluate)
             take_back()
         except BaseException:

@@ -50,7 +50,8 @@ class MixedTensor:
         mask_prob: p.
         granularity: as it was asked for.
         rescale: whether the model sees what is learned s = 1 / (1 - p) times as large.
-        lr_scale: how many times the group's learning rate it trains with.
+        lr_scale: how many times the group's learning rate it trains with, once an episode is warm.
+        run: the run's settings and how far it is, read for the steps taken in the episode.
         cells, width: number of cells, and elements in each.
     """
 
@@ -62,6 +63,7 @@ class MixedTensor:
     granularity: Granularity
     rescale: bool
     lr_scale: float
+    run: dict[str, Any]
     cells: int = field(init=False)
     width: int = field(init=False)
 
@@ -85,11 +87,18 @@ class MixedTensor:
         return decay
 
     @property
+    def rate(self) -> float:
+        """How many times its group's learning rate it trains with in the step that comes."""
+        taken: int = self.run["steps_in_episode"]
+        warmup: int = self.run["episode_warmup"]
+        return self.lr_scale * min(1.0, (taken + 1) / max(1, warmup))
+
+    @property
     def options(self) -> dict[str, Any]:
         """The group as the base is shown it for this tensor: with the learning rate that it trains with."""
         if "lr" not in self.group:
             return self.group
-        return {**self.group, "lr": scaled_lr(self.group["lr"], self.lr_scale)}
+        return {**self.group, "lr": scaled_lr(self.group["lr"], self.rate)}
 
     @property
     def fell_back_to_elements(self) -> bool:

@@ -57,19 +57,24 @@ class GMixoutOptimizer(Optimizer):
         exclude (str or sequence of str): glob patterns of parameter names that are not mixed, such as
             ``"head.*"``. The base must have been built from ``model.named_parameters()`` (default: none)
         resample_every (int, optional): k, the length of an episode in optimizer steps; None for one episode
-            without end (default: 10)
+            without end (default: 20)
         anchor_decay (float): lambda in [0, 1], the weight of the old anchor in its moving average; 1 keeps the
             pretrained weights as anchor, 0 takes all that was learned. A group with the key ``anchor_decay`` has
-            its own, which may change while training (default: 0.8)
+            its own, which may change while training (default: 0.5)
         residual (str): ``"episodic"``: what an episode learned moves into the anchor at its end (GMixout);
             ``"persistent"``: the learned weights are kept whole beside the anchor, and each mask shows
             a part of them (Mixout) (default: "episodic")
         rescale (bool): Mixout's inverted scaling: the model computes with A + (phi - A) / (1 - p), where the
             base trains phi (default: False)
-        lr_scale (float, optional): mixed weights train with so many times their group's ``lr``; parameters that are not
-            mixed keep it, and so does the group. None for 1 / (1 - p), with which a weight that is active in a share
-            1 - p of the steps goes as far as the base alone would take it; for 1 with ``rescale``, the persistent
+        lr_scale (float, optional): mixed weights train with so many times their group's ``lr``, once an episode has
+            warmed up; parameters that are not mixed keep it, and so does the group. None for 1 / (1 - p) on the average
+            over an episode, with which a weight that is active in a share 1 - p of the steps goes as far as the base
+            alone would take it (at p = 0.9 it rises from 1 to 19 in an episode of 20 steps); for 1 with ``rescale``, the persistent
             residual, and LBFGS, which has one rate for all (default: None)
+        episode_warmup (int, optional): steps at the start of each episode over which the learning rate of mixed weights
+            rises linearly to its full value; 0 for none. The base's state starts fresh there, and a fresh Adam steps
+            by the sign of one gradient. None for the whole episode, and for 0 with ``resample_every=None``, the
+            persistent residual, whose state goes on, and LBFGS (default: None)
         granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output row or filter),
             or a number of consecutive elements; a tensor that the number does not divide falls back to elements.
             A group with the key ``granularity`` has its own (default: "element")
@@ -116,11 +121,12 @@ class GMixoutOptimizer(Optimizer):
         *,
         mask_prob: float = 0.9,
         exclude: str | Sequence[str] = (),
-        resample_every: int | None = 10,
-        anchor_decay: float = 0.8,
+        resample_every: int | None = 20,
+        anchor_decay: float = 0.5,
         residual: settings.Residual = "episodic",
         rescale: bool = False,
         lr_scale: float | None = None,
+        episode_warmup: int | None = None,
         granularity: Granularity = "element",
         sampler: Sampler = "stratified",
         layout: settings.LayoutName = "auto",
@@ -137,6 +143,7 @@ class GMixoutOptimizer(Optimizer):
             residual=residual,
             rescale=rescale,
             lr_scale=lr_scale,
+            episode_warmup=episode_warmup,
             sampler=sampler,
             layout=layout,
             carry_state=carry_state,
@@ -157,6 +164,7 @@ class GMixoutOptimizer(Optimizer):
         self._live: list[tuple[MixedTensor, Tensor]] | None = None
         self._in_step = False
 
+        self.run["episode_warmup"] = settings.resolve_episode_warmup(self.run, base)
         mixed = self._find_mixed(base.param_groups, first_number=0)
         self.run["layout"] = settings.resolve_layout(
             base, self.run, [tensor.param for tensor in mixed]
@@ -524,6 +532,7 @@ class GMixoutOptimizer(Optimizer):
                             own["granularity"],
                             self.run["rescale"],
                             settings.lr_scale_of(self.run, self.base, own["mask_prob"]),
+                            self.run,
                         )
                     )
                 number += 1

@@ -256,7 +256,7 @@ class PackedLayout(Layout):
                 base.state = defaultdict(
                     dict, {lent.get(key, key): value for key, value in state.items()}
                 )
-            with scaled_rates(base, {slot.value: tensor.lr_scale for tensor, slot in trained}):
+            with scaled_rates(base, {slot.value: tensor.rate for tensor, slot in trained}):
                 yield
         finally:
             if lent:

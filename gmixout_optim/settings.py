@@ -22,7 +22,7 @@ LayoutName = Literal["auto", "packed", "dense"]
 GradLayout = Literal["dense", "packed"]
 
 # Of the state dict's format.
-VERSION = 3
+VERSION = 4
 
 
 def check_mask_prob(value: Any) -> float:
@@ -86,7 +86,10 @@ def check_lr_scale(value: Any) -> float | None:
 
 
 def lr_scale_of(run: dict[str, Any], base: Optimizer, mask_prob: float) -> float:
-    """How many times its group's learning rate a mixed tensor trains with."""
+    """How many times its group's learning rate a mixed tensor trains with, once an episode is warm.
+
+    The default is 1 / (1 - p) on the average over an episode's steps.
+    """
     if run["lr_scale"] is not None:
         scale: float = run["lr_scale"]
         return scale
@@ -94,7 +97,38 @@ def lr_scale_of(run: dict[str, Any], base: Optimizer, mask_prob: float) -> float
     as_large = run["rescale"] or run["residual"] == "persistent"
     if as_large or not has_rates(base):
         return 1.0
-    return 1 / (1 - mask_prob)
+    return 1 / (1 - mask_prob) / _mean_warmth(run["episode_warmup"], run["resample_every"])
+
+
+def _mean_warmth(warmup: int, k: int | None) -> float:
+    """The share of the full learning rate that an episode of ``k`` steps has on the average."""
+    if warmup < 2 or k is None:
+        return 1.0
+    rising = min(warmup, k)
+    return (rising * (rising + 1) / (2 * warmup) + k - rising) / k
+
+
+def check_episode_warmup(value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"episode_warmup must be an int or None, got {value!r} of type {type(value).__name__}"
+        )
+    if value < 0:
+        raise ValueError(
+            f"episode_warmup must be at least 0 steps, got {value!r}; 0 begins at the full learning rate"
+        )
+    return value
+
+
+def resolve_episode_warmup(run: dict[str, Any], base: Optimizer) -> int:
+    """Steps that the learning rate rises over in each episode; for None all of them, where an episode begins anew."""
+    given: int | None = run["episode_warmup"]
+    if given is not None:
+        return given
+    begins_anew = run["residual"] == "episodic" and has_rates(base)
+    return (run["resample_every"] or 0) if begins_anew else 0
 
 
 def check_seed(value: Any) -> int:
@@ -139,6 +173,7 @@ def check_run(
     residual: Any,
     rescale: Any,
     lr_scale: Any,
+    episode_warmup: Any,
     sampler: Any,
     layout: Any,
     carry_state: Any,
@@ -157,6 +192,7 @@ def check_run(
         "layout": _check_choice("layout", layout, get_args(LayoutName)),
         "carry_state": check_flag("carry_state", carry_state),
         "resample_every": check_resample_every(resample_every),
+        "episode_warmup": check_episode_warmup(episode_warmup),
         "stochastic_rounding": check_flag("stochastic_rounding", stochastic_rounding),
         "seed": check_seed(seed),
         "episode": 0,
@@ -248,6 +284,11 @@ def resolve_layout(base: Optimizer, run: dict[str, Any], mixed: Sequence[Tensor]
         raise ValueError(
             f"lr_scale={lr_scale!r} does not fit base={name}, which steps all weights at one rate: leave it out, and set "
             "the base's lr"
+        )
+    if mixed and run["episode_warmup"] > 1 and not has_rates(base):
+        raise ValueError(
+            f"episode_warmup={run['episode_warmup']!r} does not fit base={name}, which steps all weights at one rate: "
+            "leave it out, and use a scheduler"
         )
     if mixed and kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")

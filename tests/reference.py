@@ -47,9 +47,6 @@ PER_WEIGHT = frozenset(
 )
 COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
 
-# The learning rate of mixed tensors is (1 - p) ** -RATE_POWER times the others', unless it is given.
-RATE_POWER = 1.0
-
 # What a fresh optimizer has there, where that is not zero: its hyperparameter of this name.
 FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
@@ -72,6 +69,7 @@ class Reference:
         mixes: p and lam of each tensor; lam may be changed while training.
         draw: the masks of the episode that begins, one for each tensor.
         k: resampling period, None for one episode without end.
+        warmup: steps of an episode over which the learning rate of mixed tensors rises to its full value.
     """
 
     def __init__(
@@ -82,17 +80,14 @@ class Reference:
         draw: Callable[[], list[Tensor]],
         *,
         k: int | None,
+        warmup: int,
         persistent: bool,
         rescale: bool,
         carry_state: bool,
     ) -> None:
         self.make_base, self.mixes, self.draw = make_base, mixes, draw
-        self.k, self.persistent, self.rescale, self.carry_state = (
-            k,
-            persistent,
-            rescale,
-            carry_state,
-        )
+        self.k, self.warmup = k, warmup
+        self.persistent, self.rescale, self.carry_state = persistent, rescale, carry_state
         contiguous = torch.contiguous_format
         self.A = [weight.detach().clone(memory_format=contiguous) for weight in weights]
         self.phi = [nn.Parameter(a.clone()) for a in self.A]
@@ -148,12 +143,24 @@ class Reference:
                     phi.grad = torch.where(self.M[i], self.s(i) * gradient, zero)
             return loss
 
+        rates = [group["lr"] for group in self.base.param_groups]
+        for group in self.base.param_groups:
+            group["lr"] = self._warmed_lr(group)
         self.base.step(closure)
+        for group, rate in zip(self.base.param_groups, rates, strict=True):
+            group["lr"] = rate
         if not self.persistent:
             self._put_back([~M for M in self.M])
         self.steps_in_episode += 1
         if self.steps_in_episode == self.k:
             self.resample()
+
+    def _warmed_lr(self, group: dict[str, Any]) -> float:
+        """Of a group of one tensor, where there is a warm-up."""
+        (i, *_) = [i for i, phi in enumerate(self.phi) if phi is group["params"][0]]
+        if not self.is_mixed(i) or self.steps_in_episode >= self.warmup:
+            return group["lr"]
+        return group["lr"] * ((self.steps_in_episode + 1) / self.warmup)
 
     def resample(self) -> None:
         for i in filter(self.is_mixed, range(len(self.A))):
@@ -203,7 +210,11 @@ class Reference:
                     self.base.state[phi] = state
                 elif state and carry_state and state.keys() <= PER_WEIGHT | COUNTERS:
                     self.base.state[phi] = {
-                        name: _carried(value, stay[i], group.get(FRESH.get(name), 0.0))
+                        name: _carried(
+                            value,
+                            stay[i],
+                            {**group, "lr": self._warmed_lr(group)}.get(FRESH.get(name), 0.0),
+                        )
                         if name in PER_WEIGHT
                         else value
                         for name, value in state.items()
@@ -364,6 +375,7 @@ def scenarios(
             residual=draw(st.sampled_from(residuals)),
             rescale=draw(flags),
             lr_scale=None if case.closure else draw(st.sampled_from([None, 1.0, 0.5, 3.0])),
+            episode_warmup=None if case.closure else draw(st.sampled_from([None, 0, 2, 5])),
             granularity=draw(granularities),
             sampler=draw(st.sampled_from(["stratified", "bernoulli"])),
             layout=layout,
@@ -445,7 +457,22 @@ class Trial:
         if settings["lr_scale"] is not None:
             return settings["lr_scale"]
         as_large = settings["rescale"] or settings["residual"] == "persistent"
-        return 1.0 if as_large else (1 - p) ** -RATE_POWER
+        if as_large:
+            return 1.0
+        k, w = settings["resample_every"], self.warmup
+        if k is None or w == 0:
+            return 1 / (1 - p)
+        warmth = [min(1.0, (step + 1) / w) for step in range(k)]
+        return 1 / (1 - p) / (sum(warmth) / k)  # 1 / (1 - p) on the average
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which an episode's learning rate rises, from the scenario alone."""
+        settings = self.scenario.settings
+        if settings["episode_warmup"] is not None:
+            return settings["episode_warmup"]
+        goes_on = settings["residual"] == "persistent" or self.scenario.case.name == "LBFGS"
+        return 0 if goes_on else settings["resample_every"] or 0
 
     @property
     def mixed(self) -> list[Tensor]:
@@ -470,6 +497,7 @@ class Trial:
             self.mixes,
             self.masks,
             k=settings["resample_every"],
+            warmup=self.warmup,
             persistent=settings["residual"] == "persistent",
             rescale=settings["rescale"],
             carry_state=settings["carry_state"],

@@ -22,6 +22,7 @@ def run_settings() -> st.SearchStrategy[dict[str, Any]]:
         dict(
             mask_prob=st.sampled_from([0.3, 0.9]),
             resample_every=st.sampled_from([1, 3, None]),
+            episode_warmup=st.sampled_from([None, 2, 0]),
             anchor_decay=st.sampled_from([0.0, 0.7, 1.0]),
             residual=st.sampled_from(["episodic", "persistent"]),
             rescale=st.booleans(),
@@ -307,6 +308,7 @@ def test_a_damaged_state_dict_changes_nothing(name: str) -> None:
         dict(layout="dense"),
         dict(carry_state=True),
         dict(resample_every=7),
+        dict(episode_warmup=7),
     ],
     ids=str,
 )

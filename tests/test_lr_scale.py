@@ -70,7 +70,7 @@ def test_by_default_follows_from_mask_prob(layout: str) -> None:
                     group["lr"] = 0.01 * scale
             base = torch.optim.AdamW(groups, lr=0.01)
             options = dict(settings, lr_scale=1.0) if given else settings
-            optimizer = GMixoutOptimizer(base, resample_every=2, **options)
+            optimizer = GMixoutOptimizer(base, resample_every=2, episode_warmup=0, **options)
             for step in range(5):
                 for part, seed in zip(model, range(len(cases)), strict=True):
                     generator = torch.Generator().manual_seed(10 * step + seed)
@@ -97,7 +97,9 @@ def test_groups_are_as_before_after_a_step_and_after_a_failure(layout: str) -> N
     seen: list[Any] = []
     model = small_model()
     base = Failing(model.named_parameters(), lr=0.01)
-    optimizer = GMixoutOptimizer(base, exclude="head.*", lr_scale=3.0, **LAYOUTS[layout])
+    optimizer = GMixoutOptimizer(
+        base, exclude="head.*", lr_scale=3.0, episode_warmup=0, **LAYOUTS[layout]
+    )
     groups, params = base.param_groups, list(base.param_groups[0]["params"])
     train(model, optimizer, [0])
     with pytest.raises(RuntimeError, match="no step"):
@@ -145,7 +147,9 @@ def test_a_base_that_changes_its_rate_in_a_step_goes_on_from_it(mask_prob: float
 
     read: list[float] = []
     model = small_model()
-    wrapped = GMixoutOptimizer(Halving(model.parameters(), lr=0.1), mask_prob=mask_prob)
+    wrapped = GMixoutOptimizer(
+        Halving(model.parameters(), lr=0.1), mask_prob=mask_prob, episode_warmup=0
+    )
     train(model, wrapped, range(4))
     assert read == [0.1 / (1 - mask_prob) / 2**step for step in range(4)]
     assert wrapped.param_groups[0]["lr"] == 0.1 / 2**4

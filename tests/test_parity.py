@@ -176,6 +176,7 @@ def run_on(case: Case, shapes: list[tuple[int, ...]], steps: int = 6, **changes:
         residual="episodic",
         rescale=False,
         lr_scale=None if case.closure else 3.0,
+        episode_warmup=None,
         carry_state=False,
     )
     settings.update({key: value for key, value in changes.items() if key not in own})
@@ -263,6 +264,7 @@ def test_a_tied_parameter_is_one_parameter(layout: str) -> None:
         [Mix(0.6, 0.5)],
         lambda: [optimizer.active_mask(weight)],
         k=3,
+        warmup=0 if layout == "persistent" else 3,
         persistent=layout == "persistent",
         rescale=True,
         carry_state=False,

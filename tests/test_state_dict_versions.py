@@ -30,7 +30,9 @@ def build(name: str, seed: int) -> tuple[nn.Module, GMixoutOptimizer]:
     kind, options, settings = RUNS[name]
     model = small_model()
     base = kind(model.named_parameters(), **options)
-    common = dict(exclude="head.*", mask_prob=0.5, resample_every=4, anchor_decay=0.9)
+    common = dict(
+        exclude="head.*", mask_prob=0.5, resample_every=4, anchor_decay=0.9, episode_warmup=0
+    )
     settings = dict(**common, lr_scale=1.0, seed=seed, **settings)
     return model, GMixoutOptimizer(base, **settings)
 

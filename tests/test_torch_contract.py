@@ -184,7 +184,7 @@ def test_add_param_group_in_mid_training() -> None:
         }
     )
     assert len(optimizer.base.param_groups) == 2
-    assert optimizer.param_groups[1]["anchor_decay"] == 0.8
+    assert optimizer.param_groups[1]["anchor_decay"] == 0.5
     assert optimizer.active_mask(model.head.bias).all()
     rows = optimizer.active_mask(model.head.weight)
     assert int(rows.all(1).sum()) == 2

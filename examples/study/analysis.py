@@ -59,6 +59,7 @@ _LINES: tuple[tuple[str, str, str, int], ...] = (
     ("Mixout", "mixout", "final", 1),
     ("High-rate Mixout", "high_rate_mixout", "final", 1),
     ("GMixout, one line", "gmixout, defaults", "final", 1),
+    ("GMixout, no warm-up in episodes", "gmixout, sudden", "final", 1),
     ("GMixout", "gmixout", "final", 1),
     ("GMixout + WiSE-FT", "gmixout, wise", "wise", 1),
 )

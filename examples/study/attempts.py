@@ -10,14 +10,14 @@ from models import Classifier
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gmixout_optim import GMixoutOptimizer
-from study.methods import Settings, Trainer, adamw, groups
+from study.methods import Settings, Trainer, adamw, groups, wrapper_options
 from study.tasks import Task
 
 Groups = list[dict[str, Any]]
 
 
 def attempt(task: Task, settings: Settings, seed: int) -> Trainer:
-    """GMixout with one `change`, a key of `CHANGES`.
+    """GMixout with one `change`, a key of `CHANGES`; other settings are those of methods.gmixout.
 
     Its averages are other ways to end: "live" takes what the last episode has trained in full,
     "whole episodes" leaves that episode out, "ema 0.98" averages the live weights of all steps.
@@ -25,7 +25,7 @@ def attempt(task: Task, settings: Settings, seed: int) -> Trainer:
     change = settings["change"]
     model = Classifier(task.pretrained.backbone, task.pretrained.head)
     parameters = CHANGES[change](groups(model, settings["lr"]))
-    optimizer = GMixoutOptimizer(adamw(parameters), exclude="head.*", seed=seed)
+    optimizer = GMixoutOptimizer(adamw(parameters), **wrapper_options(settings, seed))
     trainer = Trainer(model, optimizer)
 
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))

@@ -21,8 +21,8 @@ def run(cell: Cell) -> Row:
     """Everything that the cell asks for.
 
     Returns:
-        "cell", "seconds" of training, "optimizer_bytes", and "models": what was measured of the
-        trained model ("final") and of those made from it, as "ema 0.98" or "wise 0.5".
+        "cell", "seconds" of training, "optimizer_bytes", "losses" of its steps, and "models": what
+        was measured of the trained model ("final") and of those made from it, as "ema 0.98".
     """
     where = task(cell.task)
     if cell.method == "pretrained":
@@ -96,5 +96,6 @@ def _row(cell: Cell, trained: Trained | None, models: Measured) -> Row:
         "cell": asdict(cell),
         "seconds": round(trained.seconds, 1) if trained else 0.0,
         "optimizer_bytes": trained.optimizer_bytes if trained else 0,
+        "losses": trained.losses if trained else [],
         "models": models,
     }

@@ -130,19 +130,19 @@ def lora(task: Task, settings: Settings, seed: int) -> Trainer:
 
 def gmixout(task: Task, settings: Settings, seed: int) -> Trainer:
     """LP-FT wrapped; all settings but lr are the wrapper's. Without any it has its defaults."""
-    options = {name: value for name, value in settings.items() if name not in _OURS}
-    return wrapped(task, settings, lambda base: GMixoutOptimizer(base, **_common(options, seed)))
+    options = wrapper_options(settings, seed)
+    return wrapped(task, settings, lambda base: GMixoutOptimizer(base, **options))
 
 
 def random_masking(task: Task, settings: Settings, seed: int) -> Trainer:
     """One fixed random part of the weights is trained."""
-    options = _common({"mask_prob": settings["mask_prob"]}, seed)
+    options = wrapper_options({"mask_prob": settings["mask_prob"]}, seed)
     return wrapped(task, settings, lambda base: GMixoutOptimizer.random_masking(base, **options))
 
 
 def mixout(task: Task, settings: Settings, seed: int) -> Trainer:
     """Mixout (arXiv 1909.11299), High-rate Mixout (arXiv 2510.06955) from 0.8 on."""
-    options = _common({"mask_prob": settings["mask_prob"]}, seed)
+    options = wrapper_options({"mask_prob": settings["mask_prob"]}, seed)
     return wrapped(task, settings, lambda base: GMixoutOptimizer.mixout(base, **options))
 
 
@@ -167,11 +167,14 @@ def _is_matrix(parameter: Tensor) -> bool:
     return sum(size > 1 for size in parameter.shape) > 1 and parameter.shape[0] > 1
 
 
-_OURS = ("lr", "steps", "mixed", "schedule")
+# Settings of a run that are not the wrapper's.
+_OF_RUNS = ("lr", "steps", "mixed", "schedule", "change")
 
 
-def _common(options: Settings, seed: int) -> Settings:
-    return {"exclude": "head.*", "seed": seed, **options}
+def wrapper_options(settings: Settings, seed: int) -> Settings:
+    """What the wrapper is given."""
+    own = {name: value for name, value in settings.items() if name not in _OF_RUNS}
+    return {"exclude": "head.*", "seed": seed, **own}
 
 
 METHODS: dict[str, Callable[[Task, Settings, int], Trainer]] = {

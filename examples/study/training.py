@@ -26,6 +26,7 @@ class Trained:
     averages: dict[str, Classifier]
     seconds: float
     optimizer_bytes: int
+    losses: list[float]  # of each step's batch
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     scheduler = schedule(optimizer, steps, settings.get("schedule", "cosine"))
     generator = torch.Generator().manual_seed(seed)
     order: list[Tensor] = []
+    losses: list[Tensor] = []
     for step in range(steps):
         if not order:  # a last batch that is not full is left out
             rows = torch.randperm(len(images), generator=generator)
@@ -55,6 +57,7 @@ def train(
         with task.autocast():
             logits = model(inputs)
         loss = F.cross_entropy(logits.float(), images.labels[rows], label_smoothing=0.1)
+        losses.append(loss.detach())
         optimizer.zero_grad()
         loss.backward()
         trainer.before_step()
@@ -66,7 +69,8 @@ def train(
     kept = trainer.optimizer_bytes()
     trainer.finish()
     seconds = time.perf_counter() - start
-    return Trained(model, trainer.averages, seconds, kept)
+    rounded = [round(loss, 3) for loss in torch.stack(losses).tolist()]
+    return Trained(model, trainer.averages, seconds, kept, rounded)
 
 
 def augmented(task: Task, pixels: Tensor, generator: torch.Generator) -> Tensor:

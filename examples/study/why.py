@@ -114,7 +114,7 @@ def bias_variance_covariance(predicted: Tensor, targets: Tensor) -> dict[str, fl
 def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, Any]:
     """Accuracies on straight lines from the pretrained weights, at about two thirds of a run.
 
-    The time is one step before an episode of ten ends: live weights are then as far from the anchor
+    The time is one step before an episode of ten or twenty ends: live weights are then as far from the anchor
     as they come.
 
     Returns:
@@ -123,7 +123,7 @@ def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, A
         "between": on the way from the former to the latter.
     """
     steps = settings.get("steps", where.steps)
-    time = max(0, 2 * steps // 3 // 10 * 10 - 2)  # steps count from 0
+    time = max(0, 2 * steps // 3 // 20 * 20 - 2)  # steps count from 0
     ends: dict[str, Classifier] = {}
 
     def watch(step: int, trainer: Trainer) -> None:

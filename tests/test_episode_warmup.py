@@ -1,0 +1,93 @@
+"""The learning rate of mixed weights rises in each episode; the group's and everybody else's stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gmixout_optim import GMixoutOptimizer
+from tests.test_lr_scale import LAYOUTS
+from tests.training import small_model, train
+
+
+class Watched(torch.optim.AdamW):
+    """Keeps the learning rates that it is stepped at: of the body, and of the head."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seen: list[tuple[float, ...]] = []
+        super().__init__(*args, **kwargs)
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen.append(tuple(group["lr"] for group in self.param_groups))
+        return super().step(closure)
+
+
+def rates(steps: int, **settings: Any) -> list[tuple[float, ...]]:
+    model = small_model()
+    base = Watched(model.named_parameters(), lr=0.01)
+    optimizer = GMixoutOptimizer(base, exclude="head.*", **{"lr_scale": 8.0, **settings})
+    for step in range(steps):
+        train(model, optimizer, [step])
+        assert [group["lr"] for group in base.param_groups] == [0.01]
+    return base.seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rises_to_the_full_rate_in_each_episode(layout: str) -> None:
+    seen = rates(7, resample_every=5, episode_warmup=4, **LAYOUTS[layout])
+    body = [0.02, 0.04, 0.06, 0.08, 0.08, 0.02, 0.04]
+    assert [head for _, head in seen] == [0.01] * 7
+    assert [rate for rate, _ in seen] == pytest.approx(body)
+
+
+@pytest.mark.parametrize(
+    ("settings", "body"),
+    [
+        (dict(resample_every=4), [0.02, 0.04, 0.06, 0.08, 0.02]),
+        (dict(resample_every=4, layout="dense"), [0.02, 0.04, 0.06, 0.08, 0.02]),
+        (dict(resample_every=4, rescale=True), [0.02, 0.04, 0.06, 0.08, 0.02]),
+        (dict(resample_every=1), [0.08] * 5),
+        (dict(resample_every=None), [0.08] * 5),
+        (dict(resample_every=4, residual="persistent"), [0.08] * 5),
+        (dict(resample_every=4, episode_warmup=0), [0.08] * 5),
+        (dict(resample_every=4, episode_warmup=1), [0.08] * 5),
+        (dict(resample_every=2, episode_warmup=4), [0.02, 0.04, 0.02, 0.04, 0.02]),
+    ],
+    ids=str,
+)
+def test_by_default_over_a_whole_episode_where_the_base_starts_fresh(
+    settings: dict[str, Any], body: list[float]
+) -> None:
+    assert [rate for rate, _ in rates(5, **settings)] == pytest.approx(body)
+
+
+@pytest.mark.parametrize(("k", "warmup"), [(4, None), (5, 2), (5, 1), (3, 7), (6, 0)])
+@pytest.mark.parametrize("mask_prob", [0.9, 0.5])
+def test_the_default_rate_is_as_many_times_the_groups_as_weights_train_seldom(
+    k: int, warmup: int | None, mask_prob: float
+) -> None:
+    """On the average over an episode, whatever the warm-up."""
+    settings = dict(resample_every=k, episode_warmup=warmup, mask_prob=mask_prob)
+    seen = [body for body, _ in rates(2 * k, lr_scale=None, **settings)]
+    assert sum(seen) / len(seen) == pytest.approx(0.01 / (1 - mask_prob))
+    assert seen == seen[:k] * 2
+
+
+def test_an_episode_that_is_ended_by_hand_warms_up_too() -> None:
+    model = small_model()
+    base = Watched(model.named_parameters(), lr=0.01)
+    optimizer = GMixoutOptimizer(base, lr_scale=1.0, resample_every=10)
+    train(model, optimizer, [0, 1])
+    optimizer.resample()
+    train(model, optimizer, [2])
+    assert [rate for (rate,) in base.seen] == pytest.approx([0.001, 0.002, 0.001])
+
+
+def test_lbfgs_has_one_rate_for_all() -> None:
+    model = small_model()
+    base = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match=r"episode_warmup=2.*LBFGS"):
+        GMixoutOptimizer(base, episode_warmup=2)
+    GMixoutOptimizer(base)
