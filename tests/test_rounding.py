@@ -101,7 +101,14 @@ def drift_of(stochastic_rounding: bool, dtype: torch.dtype, **settings: Any) -> 
     torch.manual_seed(0)
     param = nn.Parameter(torch.ones(300, 100, dtype=dtype))
     base = torch.optim.SGD([param], lr=torch.finfo(dtype).eps / 100)
-    settings = dict(mask_prob=0.5, resample_every=4, anchor_decay=0.5, lr_scale=1.0, **settings)
+    settings = dict(
+        mask_prob=0.5,
+        resample_every=4,
+        anchor_decay=0.5,
+        lr_scale=1.0,
+        episode_warmup=0,
+        **settings,
+    )
     optimizer = GMixoutOptimizer(base, stochastic_rounding=stochastic_rounding, **settings)
     for _ in range(80):
         param.grad = torch.ones_like(param)
@@ -338,7 +345,9 @@ def loss_after(dtype: torch.dtype, wrapped: bool, stochastic_rounding: bool = Fa
     weight = nn.Parameter(start.clone())
     optimizer: Any = torch.optim.AdamW([weight], lr=3e-4, weight_decay=0.0)
     if wrapped:
-        settings = dict(mask_prob=0.5, resample_every=5, anchor_decay=0.5, lr_scale=1.0)
+        settings = dict(
+            mask_prob=0.5, resample_every=5, anchor_decay=0.5, lr_scale=1.0, episode_warmup=0
+        )
         optimizer = GMixoutOptimizer(optimizer, stochastic_rounding=stochastic_rounding, **settings)
     for _ in range(300):
         optimizer.zero_grad()

@@ -92,8 +92,7 @@ def models(
         rows = results.of(task=where, stage=stage, method=method, settings=choice)
         model = _kind(results, task, source, kind, scope)
         rows = sorted((row for row in rows if model in row["models"]), key=_seed)
-        seeds = scope.seeds if stage == "final" else plan.imbalance_seeds(scope)
-        if len(rows) == seeds:
+        if len(rows) == len(plan.seeds_of(stage, task, scope)):
             found[name] = Model(name, [row["models"][model] for row in rows], rows, runs)
     return found
 
@@ -114,11 +113,11 @@ def levers(results: Results, task: str, name: str, scope: Scope = FULL) -> list[
     sweep = plan.sweep(task, name)
     if not sweep:  # it is of the other model
         return []
-    cells = plan.levers(task)[:2] + [("gmixout", each) for each in sweep]
-    names = ["without GMixout", "defaults"]
-    names += [
-        ", ".join(_setting_in_words(*item) for item in each.items()) for each in plan.SWEEPS[name]
-    ]
+    bare, (_, defaults), *_ = plan.levers(task)
+    before = plan.baseline(name)
+    cells = [bare, ("gmixout", {**defaults, **before}), *(("gmixout", each) for each in sweep)]
+    names = ["without GMixout", "before" if before else "defaults"]
+    names += [_in_words(plan.without(each, before)) for each in plan.SWEEPS[name]]
     return _lines(
         results,
         task,
@@ -146,15 +145,28 @@ def _lines(results: Results, task: str, lines: list[_Line], scope: Scope) -> lis
     found = []
     for line in lines:
         rows = results.of(task=task, stage=line.stage, method=line.method, settings=line.settings)
-        if len(rows) < len(plan.lever_seeds(task, scope)):
+        seeds = plan.seeds_of(line.stage, task, scope)
+        rows = sorted((row for row in rows if _seed(row) in seeds), key=_seed)
+        if len(rows) < len(seeds):
             return []
-        rows.sort(key=_seed)
         found.append(Model(line.name, [row["models"][line.kind] for row in rows], rows, 1))
     return found
 
 
+def losses(results: Results, task: str, scope: Scope = FULL) -> dict[str, list[float]]:
+    """The training loss of each step, means over seeds: with a warm-up in episodes and without."""
+    lr = plan.levers(task)[1][1]
+    found = {}
+    for name, settings in {"defaults": lr, "without warm-up": {**lr, "episode_warmup": 0}}.items():
+        rows = results.of(task=task, stage="levers", method="gmixout", settings=settings)
+        if len(rows) < len(plan.seeds_of("levers", task, scope)):
+            return {}
+        found[name] = [mean(each) for each in zip(*(row["losses"] for row in rows), strict=True)]
+    return found
+
+
 def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
-    """GMixout's defaults, what was tried to better them, and a learning rate that stays."""
+    """GMixout before it warmed up in episodes, what was tried to better it, a learning rate that stays."""
     stays = "constant learning rate: "
     lines = []
     for method, settings in plan.attempts(task):
@@ -170,14 +182,14 @@ def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
 
 
 def few_attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
-    """Averages of weights with and without GMixout."""
-    lp_ft, ours = plan.levers(task)[:2]
+    """Averages of weights with and without GMixout, before it warmed up in episodes."""
+    lp_ft, _, ours = plan.levers(task)[:3]
     (averaged,) = plan.few_attempts(task)
     lines = [
         _Line("LP-FT", "levers", *lp_ft),
-        _Line("defaults", "levers", *ours),
+        _Line("before", "levers", *ours),
         _Line("LP-FT, its EMA", "levers", *lp_ft, kind="ema 0.98"),
-        _Line("defaults, its EMA", "attempts", *averaged, kind="ema 0.98"),
+        _Line("before, its EMA", "attempts", *averaged, kind="ema 0.98"),
     ]
     return _lines(results, task, lines, scope)
 
@@ -196,22 +208,22 @@ def schedules(
             finals["GMixout, one line"],
         )
     for shape in plan.PLAIN_SCHEDULES:
-        rows = [
-            sorted(
-                results.of(task=task, stage="schedules", method=method, settings=settings),
-                key=_seed,
-            )
+        lines = [
+            _Line(name, "schedules", method, settings, kind)
             for method, settings in plain
             if settings["schedule"] == shape
+            for kind, name in _OF_SCHEDULES[method].items()
         ]
-        if rows and all(len(each) == scope.seeds for each in rows):
-            lp_ft, ours = rows
-            found[shape] = (
-                Model("LP-FT", [row["models"]["final"] for row in lp_ft], lp_ft, 1),
-                Model("weight EMA", [row["models"]["ema 0.98"] for row in lp_ft], lp_ft, 1),
-                Model("GMixout, one line", [row["models"]["final"] for row in ours], ours, 1),
-            )
+        if lines and (run := _lines(results, task, lines, scope)):
+            lp_ft, average, ours = run
+            found[shape] = lp_ft, average, ours
     return found
+
+
+_OF_SCHEDULES = {
+    "lp_ft": {"final": "LP-FT", "ema 0.98": "weight EMA"},
+    "gmixout": {"final": "GMixout, one line"},
+}
 
 
 def why(results: Results, task: str, scope: Scope = FULL) -> list[Row]:
@@ -225,7 +237,7 @@ def why(results: Results, task: str, scope: Scope = FULL) -> list[Row]:
 
 
 _ENDS = {
-    "final": "defaults",
+    "final": "before",
     "live": "last episode taken in full",
     "whole episodes": "last episode left out",
     "ema 0.98": "its EMA",
@@ -238,12 +250,18 @@ def longer(results: Results, task: str) -> list[Model]:
     for method, settings in plan.longer(task):
         for row in results.of(task=task, stage="longer", method=method, settings=settings):
             own = {k: v for k, v in settings.items() if k not in ("lr", "ema", "steps")}
-            words = ", ".join(_setting_in_words(*item) for item in own.items()) or "defaults"
+            words = _in_words(own) or "defaults"
             trained = "LP-FT" if method == "lp_ft" else f"GMixout, {words}"
             for kind, measured in row["models"].items():
                 name = trained if kind == "final" else f"{trained}, {kind}"
                 found.append(Model(name, [measured], [row], 1))
     return found
+
+
+def _in_words(settings: Settings) -> str:
+    if settings == plan.SUDDEN:
+        return "before"
+    return ", ".join(_setting_in_words(*item) for item in settings.items())
 
 
 def _setting_in_words(name: str, value: object) -> str:

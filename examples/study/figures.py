@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 from picture import style
 from results import write_atomically
 
-from study.analysis import METHOD_NAMES, Model, curve, models, why
+from study.analysis import METHOD_NAMES, Model, curve, losses, models, why
 from study.analysis import levers as all_levers
 from study.plan import DEFAULTS, FULL, Results, Scope
 from study.tasks import task
@@ -152,6 +152,22 @@ def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
     panels[0].set_ylabel("accuracy (%)")
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{task(name).model}; dotted: without GMixout", x=0.02, ha="left")
+    return figure
+
+
+def warmup(results: Results, name: str, scope: Scope = FULL) -> Figure:
+    """The training loss of the live weights, step by step, with and without a warm-up in episodes."""
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    style(axes)
+    curves = losses(results, name, scope)
+    for (words, values), colour in zip(curves.items(), (_OURS, _WISE), strict=True):
+        axes.plot(range(1, len(values) + 1), values, color=colour, label=words, linewidth=1.2)
+    k = DEFAULTS["resample_every"]
+    for end in range(k, len(values), k):
+        axes.axvline(end + 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+    axes.set_xlabel("step; grey: an episode begins")
+    axes.set_ylabel("training loss")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

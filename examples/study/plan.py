@@ -152,8 +152,10 @@ TUNED = (
 
 
 # Seeds that neither tuning nor the final table has.
-LEVER_SEEDS = {"A": (10, 11, 12), "B": (10, 11), "C": (10, 11)}
+LEVER_SEEDS = (10, 11)
+ATTEMPT_SEEDS = {"A": (10, 11, 12), "B": (10, 11), "C": (10, 11)}
 IMBALANCE_SEEDS = 3
+SCHEDULE_SEEDS = 3
 
 
 # What is changed of the defaults. "lr" is a multiple of the learning rate in the middle.
@@ -161,28 +163,31 @@ SWEEPS: dict[str, list[Settings]] = {
     "together": [
         SUDDEN,
         {"episode_warmup": 0},
-        *({"anchor_decay": decay} for decay in (0.3, 0.7)),
-        *({"resample_every": k} for k in (10, 40)),
-        *({"lr": times} for times in (0.5, 2.0)),
+        {"anchor_decay": 0.7},
+        {"resample_every": 10},
+        {"lr": 2.0},
     ],
-    "mask_prob": [{"mask_prob": p} for p in (0.5, 0.8, 0.95, 0.99)],
-    "resample_every": [{"resample_every": k} for k in (1, 5, 10, 50)],
-    "anchor_decay": [{"anchor_decay": decay} for decay in (0.0, 0.3, 0.7, 0.9)],
-    "lr_scale": [{"lr_scale": scale} for scale in (3.0, 10.0)],
-    "episode_warmup": [{"episode_warmup": 0}, {"episode_warmup": 5}, SUDDEN],
-    "lr": [{"mask_prob": p, "lr": times} for p in (0.5, 0.9) for times in (0.5, 2.0)],
-    "variants": [
-        {"rescale": True, "anchor_decay": 0.0},
-        {"carry_state": True},
-        {"sampler": "bernoulli"},
-        {"granularity": "row"},
-        {"granularity": 16},
+    "mask_prob": [{"mask_prob": p} for p in (0.5, 0.8, 0.99)],
+    "resample_every": [{"resample_every": k} for k in (5, 50)],
+    "anchor_decay": [{"anchor_decay": decay} for decay in (0.0, 0.7, 0.9)],
+    "episode_warmup": [{"episode_warmup": 0}, SUDDEN],
+    "lr": [{"lr": times} for times in (0.5, 2.0)],
+    # Run before there was a warm-up, and not again.
+    "sudden lr": [
+        {**SUDDEN, "mask_prob": p, "lr": times} for p in (0.5, 0.9) for times in (0.25, 0.5, 2.0)
     ],
-    "vectors": [{"mixed": "matrices"}],
+    "sudden variants": [
+        {**SUDDEN, "rescale": True, "anchor_decay": 0.0},
+        {**SUDDEN, "carry_state": True},
+        {**SUDDEN, "sampler": "bernoulli"},
+        {**SUDDEN, "granularity": "row"},
+        {**SUDDEN, "granularity": 16},
+    ],
+    "sudden vectors": [{**SUDDEN, "mixed": "matrices"}],
 }
 # What goes together is shown on the foundation model, each lever alone where runs are cheap. The
 # EfficientNet trains no vectors: its BatchNorm is frozen.
-_ON_FOUNDATION_MODEL = ("together", "vectors")
+_ON_FOUNDATION_MODEL = ("together", "sudden vectors")
 
 
 def sweep(task: str, name: str | None = None) -> list[Settings]:
@@ -195,24 +200,31 @@ def sweep(task: str, name: str | None = None) -> list[Settings]:
     return [{**change, "lr": middle * change.get("lr", 1.0)} for change in changes]
 
 
-def lever_seeds(task: str, scope: Scope) -> tuple[int, ...]:
-    """Seeds of the stages "levers" and "attempts"."""
-    seeds = LEVER_SEEDS[_setting(task)]
-    return seeds if scope.levers is None else seeds[:1]
+def baseline(sweep: str) -> Settings:
+    """What a sweep changes."""
+    return SUDDEN if sweep.startswith("sudden") else {}
+
+
+def seeds_of(stage: str, task: str, scope: Scope) -> tuple[int, ...]:
+    """Seeds of all cells of the stage."""
+    if stage in ("levers", "attempts"):
+        seeds = LEVER_SEEDS if stage == "levers" else ATTEMPT_SEEDS[_setting(task)]
+        return seeds if scope.levers is None else seeds[:1]
+    most = {"imbalance": IMBALANCE_SEEDS, "schedules": SCHEDULE_SEEDS}.get(stage, scope.seeds)
+    return tuple(range(min(scope.seeds, most)))
 
 
 def levers(task: str) -> list[tuple[str, Settings]]:
     """The bare optimizer, GMixout with its defaults, and all sweeps around them."""
     lr = LEARNING_RATES[_setting(task)][2]
-    return [
-        ("lp_ft", {"lr": lr, "ema": [0.98]}),
-        *(("gmixout", settings) for settings in [{"lr": lr}, *sweep(task)]),
-    ]
+    ours = [{"lr": lr}, {"lr": lr, **SUDDEN}, *sweep(task)]
+    return [("lp_ft", {"lr": lr, "ema": [0.98]}), *(("gmixout", settings) for settings in ours)]
 
 
 def few_attempts(task: str) -> list[tuple[str, Settings]]:
     """Where a training takes minutes: the average of GMixout's live weights."""
-    return [("attempt", {"lr": LEARNING_RATES[_setting(task)][2], "change": "none"})]
+    lr = LEARNING_RATES[_setting(task)][2]
+    return [("attempt", {"lr": lr, **SUDDEN, "change": "none"})]
 
 
 # What a script does that has no warm-up, or no schedule at all.
@@ -247,14 +259,18 @@ def attempts(task: str) -> list[tuple[str, Settings]]:
 
 
 def without(settings: Settings, others: Settings) -> Settings:
-    """Settings less those that others name."""
-    return {name: value for name, value in settings.items() if name not in others}
+    """Settings less those that others have, too."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in others or others[name] != value
+    }
 
 
 # How many times as many steps, and GMixout's settings.
 LONGER: dict[str, tuple[int, list[Settings]]] = {
-    "A": (6, [{}, {"resample_every": 50}, {"anchor_decay": 0.8}, SUDDEN]),
-    "B": (3, [{}, {"resample_every": 50}, SUDDEN]),
+    "A": (6, [{}, {"resample_every": 50}, SUDDEN]),
+    "B": (3, [{}, SUDDEN]),
     "C": (3, [{}, {"resample_every": 50}]),
 }
 
@@ -324,11 +340,6 @@ def chosen_wise(
     return settings, share
 
 
-def imbalance_seeds(scope: Scope) -> int:
-    """Seeds of the tables of class imbalance: fewer, to keep the study within hours."""
-    return min(scope.seeds, IMBALANCE_SEEDS)
-
-
 def final_settings(results: Results, task: str, scope: Scope) -> dict[str, tuple[str, Settings]]:
     """The runs of the final table, by the name of their row, as far as tuning has decided them.
 
@@ -370,33 +381,32 @@ def known_cells(results: Results, scope: Scope) -> Iterator[Cell]:
         for method in TUNED:
             for choice in grid(task, method)[: scope.choices]:
                 yield _tuning(task, method, choice)
-        yield from _seeds(task, "final", final_settings(results, task, scope), scope.seeds)
+        yield from _seeds(task, "final", results, scope)
     for task in scope.tasks:
         if _setting(task) != "B":  # there a training takes minutes
-            settings = final_settings(results, task, scope)
-            yield from _seeds(f"{task} long-tailed", "imbalance", settings, imbalance_seeds(scope))
+            yield from _seeds(task, "imbalance", results, scope)
         if _setting(task) == "A":  # all seeds of it
             for method, choice in why(results, task, scope):
                 yield Cell(task, "why", method, choice, scope.seeds)
-        for seed in lever_seeds(task, scope):
-            for method, choice in levers(task)[: scope.levers]:
-                yield Cell(task, "levers", method, choice, seed)
-            for method, choice in attempts(task) if _setting(task) == "A" else few_attempts(task):
-                yield Cell(task, "attempts", method, choice, seed)
-        plain = schedules(results, task, scope.choices)
-        yield from (
-            Cell(task, "schedules", *each, seed) for seed in range(scope.seeds) for each in plain
-        )
+        staged = {
+            "levers": levers(task)[: scope.levers],
+            "attempts": attempts(task) if _setting(task) == "A" else few_attempts(task),
+            "schedules": schedules(results, task, scope.choices),
+        }
+        for stage, cells in staged.items():
+            for seed in seeds_of(stage, task, scope):
+                yield from (Cell(task, stage, *cell, seed) for cell in cells)
     for task in scope.tasks:
-        for method, choice in longer(task)[: scope.levers]:
-            yield Cell(task, "longer", method, choice, lever_seeds(task, scope)[0])
+        for cell in longer(task)[: scope.levers]:
+            yield Cell(task, "longer", *cell, LEVER_SEEDS[0])
 
 
-def _seeds(
-    task: str, stage: str, settings: dict[str, tuple[str, Settings]], seeds: int
-) -> Iterator[Cell]:
+def _seeds(task: str, stage: str, results: Results, scope: Scope) -> Iterator[Cell]:
+    """The cells of a table of all methods, with the settings that were chosen for the task."""
+    settings = final_settings(results, task, scope)
+    where = f"{task} long-tailed" if stage == "imbalance" else task
     if settings:
-        yield Cell(task, stage, "pretrained", {}, 0)
-    for seed in range(seeds):
+        yield Cell(where, stage, "pretrained", {}, 0)
+    for seed in seeds_of(stage, task, scope):
         for method, choice in settings.values():
-            yield Cell(task, stage, method, choice, seed)
+            yield Cell(where, stage, method, choice, seed)

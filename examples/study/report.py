@@ -110,11 +110,11 @@ class Report:
 
     def levers(self, task: str, sweep: str) -> str:
         """The bare optimizer, the defaults, and the settings of a sweep: means over seeds."""
-        return _beside_defaults(analysis.levers(self.results, task, sweep, self.scope), 1)
+        return _beside(analysis.levers(self.results, task, sweep, self.scope), 1)
 
     def attempts(self, task: str) -> str:
-        """What was tried to better the defaults."""
-        return _beside_defaults(analysis.attempts(self.results, task, self.scope), 0)
+        """What was tried to make GMixout better."""
+        return _beside(analysis.attempts(self.results, task, self.scope), 0)
 
     def schedules(self, task: str) -> str:
         """Other schedules, with differences to LP-FT on the same."""
@@ -138,7 +138,7 @@ class Report:
 
     def few_attempts(self, task: str) -> str:
         """The same where a training takes minutes."""
-        return _beside_defaults(analysis.few_attempts(self.results, task, self.scope), 1)
+        return _beside(analysis.few_attempts(self.results, task, self.scope), 1)
 
     def longer(self, task: str) -> str:
         """Runs of several times as many steps."""
@@ -258,6 +258,8 @@ def pictures(results: Results, task: str, scope: Scope = FULL) -> list[str]:
         names += ["errors", "paths"]
     if all(analysis.levers(results, task, lever, scope) for lever in figures.LEVERS):
         names.append("levers")
+    if analysis.losses(results, task, scope):
+        names.append("warmup")
     return names
 
 
@@ -271,7 +273,7 @@ def main() -> None:
             figures.save(figure, DOCS / "images" / f"robustness_{name}_{task}.png")
 
 
-def _beside_defaults(lines: list[Model], defaults: int) -> str:
+def _beside(lines: list[Model], baseline: int) -> str:
     """Means, and paired differences to one of the lines; those over fewer than three seeds bare."""
     if not lines:
         return NOT_RUN
@@ -280,14 +282,15 @@ def _beside_defaults(lines: list[Model], defaults: int) -> str:
             model.name,
             *(f"{model.mean(each):.1f}" for each in MEASURES),
             *(
-                "" if model is lines[defaults] else _difference(model, lines[defaults], each)
+                "" if model is lines[baseline] else _difference(model, lines[baseline], each)
                 for each in MEASURES
             ),
         ]
         for model in lines
     ]
     heads = [_HEADS[each] for each in MEASURES]
-    return _markdown(["", *heads, *(f"{head} against defaults" for head in heads)], rows)
+    name = lines[baseline].name
+    return _markdown(["", *heads, *(f"{head} against {name}" for head in heads)], rows)
 
 
 def _with_interval(model: Model, what: str) -> str:

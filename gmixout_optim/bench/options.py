@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--resample-every",
         type=_positive,
-        default=10,
+        default=20,
         metavar="K",
         help="steps over which a redraw is spread",
     )
