@@ -308,7 +308,7 @@ def test_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         step, redraw, packing = (
             one["times"][name]["plain_steps"]["median"] for name in ("step", "redraw", "packing")
         )
-        assert one["times"]["all_per_step"] == pytest.approx(step + packing + redraw / 20)
+        assert one["times"]["all_per_step"] == pytest.approx(step + packing + redraw / 10)
     assert [peak["setting"] and peak["setting"]["density"] for peak in found["peaks"]] == [
         None,
         0.1,

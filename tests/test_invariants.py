@@ -126,7 +126,7 @@ def test_invariant_4_with_decay_1_the_anchor_is_the_pretrained_tensor_forever(
 @given(runs(residuals=("episodic",)))
 def test_invariant_4_with_decay_0_an_episodes_end_moves_no_weight(scenario: Scenario) -> None:
     scenario = scenario.without_groups("anchor_decay").with_settings(
-        anchor_decay=0.0, rescale=False
+        anchor_decay=0.0, rescale=False, episode_warmup=0
     )
     manual = Trial(scenario.with_settings(resample_every=None))
     for step in manual.run():
@@ -440,6 +440,7 @@ def test_random_masking_trains_one_fixed_set(case: Case, data: st.DataObject) ->
 @given(runs(mask_probs=MIXED))
 def test_resample_is_what_the_last_step_of_an_episode_does(scenario: Scenario) -> None:
     period = 2
+    scenario = scenario.with_settings(episode_warmup=0)
     automatic = Trial(scenario.with_settings(resample_every=period))
     manual = Trial(scenario.with_settings(resample_every=None))
     calls: list[tuple[int, int]] = []

@@ -25,6 +25,8 @@ _SUMMARY = (
     "full fine-tuning",
     "LP-FT",
     "GMixout, one line",
+    "GMixout + WiSE-FT",
+    "weight EMA",
     "WiSE-FT",
     "greedy soup",
 )
