@@ -84,6 +84,14 @@ def has_rates(base: Optimizer) -> bool:
     return type(base) not in _SHARED_STATE
 
 
+def follows_lr(base: Optimizer) -> bool:
+    """Whether the base steps at the learning rate of the step, for each parameter at its own.
+
+    Rprop reads it once, when it makes its state, and ASGD a step ahead.
+    """
+    return has_rates(base) and not isinstance(base, _BEGINS_AT_LR)
+
+
 def scaled_lr(lr: Any, scale: float) -> Any:
     """A group's learning rate, a number or a tensor, times ``scale``; anything else as it is."""
     is_rate = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)

@@ -74,7 +74,9 @@ class GMixoutOptimizer(Optimizer):
         episode_warmup (int, optional): steps at the start of each episode over which the learning rate of mixed weights
             rises linearly to its full value; 0 for none. The base's state starts fresh there, and a fresh Adam steps
             by the sign of one gradient. None for the whole episode, and for 0 with ``resample_every=None``, the
-            persistent residual, whose state goes on, and LBFGS (default: None)
+            persistent residual, whose state goes on, LBFGS, and Rprop and ASGD, which read ``lr`` ahead of the step.
+            Steps are the episode's: call :meth:`resample` after unfreezing a layer. Optimizers that want one ``lr`` in
+            all groups need 0 here and ``lr_scale=1.0`` (default: None)
         granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output row or filter),
             or a number of consecutive elements; a tensor that the number does not divide falls back to elements.
             A group with the key ``granularity`` has its own (default: "element")

@@ -12,7 +12,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gmixout_optim.bases import ELEMENTWISE, NOT_ELEMENTWISE, REFUSED, has_modes, has_rates
+from gmixout_optim.bases import (
+    ELEMENTWISE,
+    NOT_ELEMENTWISE,
+    REFUSED,
+    follows_lr,
+    has_modes,
+    has_rates,
+)
 from gmixout_optim.index_sets import MAX_CELLS, SAMPLERS
 from gmixout_optim.layout import KEY
 from gmixout_optim.mixed_tensor import Granularity, MixedTensor, cell_grid
@@ -88,16 +95,15 @@ def check_lr_scale(value: Any) -> float | None:
 def lr_scale_of(run: dict[str, Any], base: Optimizer, mask_prob: float) -> float:
     """How many times its group's learning rate a mixed tensor trains with, once an episode is warm.
 
-    The default is 1 / (1 - p) on the average over an episode's steps.
+    The default is 1 / (1 - p) on the average over an episode's steps, or 1.
     """
     if run["lr_scale"] is not None:
         scale: float = run["lr_scale"]
         return scale
     # Rescaling and the persistent residual keep what is learned as large as it is.
-    as_large = run["rescale"] or run["residual"] == "persistent"
-    if as_large or not has_rates(base):
-        return 1.0
-    return 1 / (1 - mask_prob) / _mean_warmth(run["episode_warmup"], run["resample_every"])
+    as_large = run["rescale"] or run["residual"] == "persistent" or not has_rates(base)
+    average = 1.0 if as_large else 1 / (1 - mask_prob)
+    return average / _mean_warmth(run["episode_warmup"], run["resample_every"])
 
 
 def _mean_warmth(warmup: int, k: int | None) -> float:
@@ -124,11 +130,11 @@ def check_episode_warmup(value: Any) -> int | None:
 
 def resolve_episode_warmup(run: dict[str, Any], base: Optimizer) -> int:
     """Steps that the learning rate rises over in each episode; for None all of them, where an episode begins anew."""
-    given: int | None = run["episode_warmup"]
-    if given is not None:
-        return given
-    begins_anew = run["residual"] == "episodic" and has_rates(base)
-    return (run["resample_every"] or 0) if begins_anew else 0
+    steps: int | None = run["episode_warmup"]
+    if steps is None:
+        begins_anew = run["residual"] == "episodic" and follows_lr(base)
+        steps = (run["resample_every"] or 0) if begins_anew else 0
+    return steps if steps > 1 else 0  # one step is none: a state dict has one name for it
 
 
 def check_seed(value: Any) -> int:
@@ -285,7 +291,7 @@ def resolve_layout(base: Optimizer, run: dict[str, Any], mixed: Sequence[Tensor]
             f"lr_scale={lr_scale!r} does not fit base={name}, which steps all weights at one rate: leave it out, and set "
             "the base's lr"
         )
-    if mixed and run["episode_warmup"] > 1 and not has_rates(base):
+    if mixed and run["episode_warmup"] and not has_rates(base):
         raise ValueError(
             f"episode_warmup={run['episode_warmup']!r} does not fit base={name}, which steps all weights at one rate: "
             "leave it out, and use a scheduler"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import Case
@@ -457,13 +457,12 @@ class Trial:
         if settings["lr_scale"] is not None:
             return settings["lr_scale"]
         as_large = settings["rescale"] or settings["residual"] == "persistent"
-        if as_large:
-            return 1.0
+        average = 1.0 if as_large else 1 / (1 - p)
         k, w = settings["resample_every"], self.warmup
         if k is None or w == 0:
-            return 1 / (1 - p)
+            return average
         warmth = [min(1.0, (step + 1) / w) for step in range(k)]
-        return 1 / (1 - p) / (sum(warmth) / k)  # 1 / (1 - p) on the average
+        return average / (sum(warmth) / k)
 
     @property
     def warmup(self) -> int:
@@ -471,8 +470,9 @@ class Trial:
         settings = self.scenario.settings
         if settings["episode_warmup"] is not None:
             return settings["episode_warmup"]
-        goes_on = settings["residual"] == "persistent" or self.scenario.case.name == "LBFGS"
-        return 0 if goes_on else settings["resample_every"] or 0
+        kind = self.scenario.case.make
+        stays = settings["residual"] == "persistent" or kind in (LBFGS, Rprop, ASGD)
+        return 0 if stays else settings["resample_every"] or 0
 
     @property
     def mixed(self) -> list[Tensor]:

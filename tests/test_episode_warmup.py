@@ -9,7 +9,7 @@ import torch
 
 from gmixout_optim import GMixoutOptimizer
 from tests.test_lr_scale import LAYOUTS
-from tests.training import small_model, train
+from tests.training import assert_equal, small_model, train
 
 
 class Watched(torch.optim.AdamW):
@@ -48,6 +48,7 @@ def test_rises_to_the_full_rate_in_each_episode(layout: str) -> None:
         (dict(resample_every=4), [0.02, 0.04, 0.06, 0.08, 0.02]),
         (dict(resample_every=4, layout="dense"), [0.02, 0.04, 0.06, 0.08, 0.02]),
         (dict(resample_every=4, rescale=True), [0.02, 0.04, 0.06, 0.08, 0.02]),
+        (dict(resample_every=4, rescale=True, lr_scale=None), [0.004, 0.008, 0.012, 0.016, 0.004]),
         (dict(resample_every=1), [0.08] * 5),
         (dict(resample_every=None), [0.08] * 5),
         (dict(resample_every=4, residual="persistent"), [0.08] * 5),
@@ -73,6 +74,32 @@ def test_the_default_rate_is_as_many_times_the_groups_as_weights_train_seldom(
     seen = [body for body, _ in rates(2 * k, lr_scale=None, **settings)]
     assert sum(seen) / len(seen) == pytest.approx(0.01 / (1 - mask_prob))
     assert seen == seen[:k] * 2
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.ASGD, torch.optim.SGD])
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+def test_all_go_as_far_as_their_rates_say(kind: Any, layout: str) -> None:
+    """Rprop and ASGD read the learning rate ahead of the step: they do not warm up."""
+    param = torch.nn.Parameter(torch.zeros(10, 10))
+    options = dict(etas=(0.5, 1 + 1e-6)) if kind is torch.optim.Rprop else {}
+    base = kind([param], lr=0.01, **options)
+    optimizer = GMixoutOptimizer(base, resample_every=10, anchor_decay=0.0, layout=layout)
+    mask = optimizer.active_mask(param)
+    for _ in range(10):
+        param.grad = -torch.ones_like(param)
+        optimizer.step()
+    moved = param.detach()[mask]
+    torch.testing.assert_close(moved, torch.full_like(moved, 10 * 0.1), rtol=0.01, atol=0)
+
+
+def test_one_step_of_warm_up_is_none() -> None:
+    """What a state dict says of two optimizers that do the same is the same."""
+    dicts = []
+    for settings in (dict(episode_warmup=0), dict(episode_warmup=1), dict()):
+        base = torch.optim.AdamW(small_model().parameters())
+        dicts.append(GMixoutOptimizer(base, resample_every=1, **settings).state_dict())
+    assert_equal(dicts[0], dicts[1])
+    assert_equal(dicts[0], dicts[2])
 
 
 def test_an_episode_that_is_ended_by_hand_warms_up_too() -> None:

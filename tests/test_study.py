@@ -95,7 +95,9 @@ def _assert_page_and_pictures(results: plan.Results, folder: Path) -> None:
     template = template.replace("{{table|toy A|imbalance}}", "")
     page = report.render(template, results, plan.TOY)
     without_levers = re.sub(
-        r"\{\{(levers\|.*?|few_attempts.*?|longer.*?|picture\|[^|]*\|levers.*?)\}\}", "", template
+        r"\{\{(levers\|.*?|few_attempts.*?|longer.*?|picture\|[^|]*\|(levers|warmup).*?)\}\}",
+        "",
+        template,
     )
     assert report.NOT_RUN not in report.render(without_levers, results, plan.TOY)
     assert "{{" not in page
@@ -113,9 +115,10 @@ def test_defaults_of_the_study_are_those_of_the_library() -> None:
     assert {name: signature.parameters[name].default for name in plan.DEFAULTS} == plan.DEFAULTS
 
 
-def test_levers_are_drawn(tmp_path: Path) -> None:
-    figures.save(figures.levers(runner.load(report.RESULTS), "A"), tmp_path / "levers.png")
-    assert (tmp_path / "levers.png").stat().st_size > 5000
+@pytest.mark.parametrize(("name", "setting"), [("levers", "A"), ("warmup", "B")])
+def test_levers_are_drawn(name: str, setting: str, tmp_path: Path) -> None:
+    figures.save(getattr(figures, name)(runner.load(report.RESULTS), setting), tmp_path / "it.png")
+    assert (tmp_path / "it.png").stat().st_size > 5000
 
 
 def test_ends_quietly_when_it_is_interrupted(tmp_path: Path) -> None:

@@ -141,28 +141,41 @@ class _Line:
 
 
 def _lines(results: Results, task: str, lines: list[_Line], scope: Scope) -> list[Model]:
-    """Nothing until all seeds of all lines were run."""
+    """With the seeds that all lines have; nothing until those are all that were planned."""
+    by_seed = [
+        {
+            _seed(row): row
+            for row in results.of(
+                task=task, stage=line.stage, method=line.method, settings=line.settings
+            )
+        }
+        for line in lines
+    ]
+    seeds = sorted(set.intersection(*map(set, by_seed)))
+    if not all(set(plan.seeds_of(line.stage, task, scope)) <= set(seeds) for line in lines):
+        return []
     found = []
-    for line in lines:
-        rows = results.of(task=task, stage=line.stage, method=line.method, settings=line.settings)
-        seeds = plan.seeds_of(line.stage, task, scope)
-        rows = sorted((row for row in rows if _seed(row) in seeds), key=_seed)
-        if len(rows) < len(seeds):
-            return []
+    for line, run in zip(lines, by_seed, strict=True):
+        rows = [run[seed] for seed in seeds]
         found.append(Model(line.name, [row["models"][line.kind] for row in rows], rows, 1))
     return found
 
 
 def losses(results: Results, task: str, scope: Scope = FULL) -> dict[str, list[float]]:
     """The training loss of each step, means over seeds: with a warm-up in episodes and without."""
-    lr = plan.levers(task)[1][1]
-    found = {}
-    for name, settings in {"defaults": lr, "without warm-up": {**lr, "episode_warmup": 0}}.items():
-        rows = results.of(task=task, stage="levers", method="gmixout", settings=settings)
-        if len(rows) < len(plan.seeds_of("levers", task, scope)):
-            return {}
-        found[name] = [mean(each) for each in zip(*(row["losses"] for row in rows), strict=True)]
-    return found
+    (_, defaults) = plan.levers(task)[1]
+    lines = [
+        _Line("defaults", "levers", "gmixout", defaults),
+        _Line(
+            "without warm-up in episodes", "levers", "gmixout", {**defaults, "episode_warmup": 0}
+        ),
+    ]
+    return {
+        model.name: [
+            mean(each) for each in zip(*(row["losses"] for row in model.rows), strict=True)
+        ]
+        for model in _lines(results, task, lines, scope)
+    }
 
 
 def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
@@ -245,7 +258,7 @@ _ENDS = {
 
 
 def longer(results: Results, task: str) -> list[Model]:
-    """Of three times as many steps: LP-FT, its average, GMixout."""
+    """Of several times as many steps: LP-FT, its average, GMixout."""
     found = []
     for method, settings in plan.longer(task):
         for row in results.of(task=task, stage="longer", method=method, settings=settings):

@@ -135,7 +135,7 @@ def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
             axes.errorbar(
                 range(len(places)),
                 [points[place].mean(what) for place in places],
-                yerr=[points[place].interval(what) or 0 for place in places],
+                yerr=[_bar(points[place], what) for place in places],
                 fmt="o-",
                 color=colour,
                 markersize=4,
@@ -169,6 +169,12 @@ def warmup(results: Results, name: str, scope: Scope = FULL) -> Figure:
     axes.set_ylabel("training loss")
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _bar(model: Model, what: str) -> float:
+    """Half an error bar; none of two seeds, whose interval says nothing."""
+    half = model.interval(what)
+    return 0.0 if half is None or len(model.measured) < 3 else half
 
 
 def distance(results: Results, name: str, scope: Scope = FULL) -> Figure:

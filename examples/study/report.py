@@ -196,27 +196,6 @@ class Report:
                 ]
         return _markdown(["method", "trainings", *(_HEADS[each] for each in MEASURES)], rows)
 
-    def mean(self, task: str, line: str, what: str) -> str:
-        """Of a line of the final table."""
-        lines = analysis.models(self.results, task, scope=self.scope)
-        return f"{lines[line].mean(what):.1f}" if line in lines else NOT_RUN
-
-    def gap(self, task: str, line: str, other: str, what: str) -> str:
-        """The paired difference of two lines of the final table."""
-        lines = analysis.models(self.results, task, scope=self.scope)
-        if line not in lines or other not in lines:
-            return NOT_RUN
-        return _difference(lines[line], lines[other], what)
-
-    def gain(self, task: str, sweep: str, setting: str, what: str) -> str:
-        """The paired difference of a setting of a sweep to the defaults."""
-        lines = {
-            model.name: model for model in analysis.levers(self.results, task, sweep, self.scope)
-        }
-        if not lines:
-            return NOT_RUN
-        return _difference(lines[setting], lines["defaults"], what)
-
     def cells(self) -> str:
         """How many cells the results file holds."""
         return str(len(self.results.rows))
