@@ -256,6 +256,7 @@ def test_a_tied_parameter_is_one_parameter(layout: str) -> None:
         resample_every=3,
         anchor_decay=0.5,
         rescale=True,
+        lr_scale=1.0,
         **where,
     )
     reference = Reference(
