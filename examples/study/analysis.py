@@ -266,6 +266,8 @@ def longer(results: Results, task: str) -> list[Model]:
             words = _in_words(own) or "defaults"
             trained = "LP-FT" if method == "lp_ft" else f"GMixout, {words}"
             for kind, measured in row["models"].items():
+                if words == "before" and kind != "final":
+                    continue
                 name = trained if kind == "final" else f"{trained}, {kind}"
                 found.append(Model(name, [measured], [row], 1))
     return found

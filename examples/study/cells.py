@@ -8,7 +8,7 @@ from typing import Any
 from models import Classifier
 
 from study.methods import averaged, interpolated
-from study.plan import WISE_SHARES, Cell, Row
+from study.plan import SUDDEN, WISE_SHARES, Cell, Row
 from study.tasks import Task, task
 from study.training import Trained, measure, train, validation
 from study.why import decomposed, distance, path
@@ -37,7 +37,8 @@ def run(cell: Cell) -> Row:
         }
     trained = train(where, cell.method, cell.settings, cell.seed)
     models = {"final": trained.model, **trained.averages}
-    if cell.stage in _WITH_WISE and cell.method in ("lp_ft", "gmixout"):
+    earlier = cell.settings.items() >= SUDDEN.items()
+    if cell.stage in _WITH_WISE and cell.method in ("lp_ft", "gmixout") and not earlier:
         models |= _wise(where, trained.model)
     look = validation if cell.stage == "tuning" else everything
     return _row(cell, trained, {name: look(where, model) for name, model in models.items()})

@@ -197,8 +197,8 @@ class Report:
         return _markdown(["method", "trainings", *(_HEADS[each] for each in MEASURES)], rows)
 
     def cells(self) -> str:
-        """How many cells the results file holds."""
-        return str(len(self.results.rows))
+        """How many cells the study has."""
+        return str(sum(1 for _ in plan.known_cells(self.results, self.scope)))
 
     def model(self, task: str) -> str:
         """The pretrained model, in words."""
