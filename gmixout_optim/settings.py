@@ -67,17 +67,7 @@ def check_granularity(value: Any) -> Granularity:
 
 
 def check_resample_every(value: Any) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(
-            f"resample_every must be an int or None, got {value!r} of type {type(value).__name__}"
-        )
-    if value < 1:
-        raise ValueError(
-            f"resample_every must be at least 1 step, got {value!r}; None never resamples"
-        )
-    return value
+    return _check_steps("resample_every", value, least=1, hint="None never resamples")
 
 
 def check_lr_scale(value: Any) -> float | None:
@@ -115,17 +105,8 @@ def _mean_warmth(warmup: int, k: int | None) -> float:
 
 
 def check_episode_warmup(value: Any) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(
-            f"episode_warmup must be an int or None, got {value!r} of type {type(value).__name__}"
-        )
-    if value < 0:
-        raise ValueError(
-            f"episode_warmup must be at least 0 steps, got {value!r}; 0 begins at the full learning rate"
-        )
-    return value
+    hint = "0 begins at the full learning rate"
+    return _check_steps("episode_warmup", value, least=0, hint=hint)
 
 
 def resolve_episode_warmup(run: dict[str, Any], base: Optimizer) -> int:
@@ -357,3 +338,16 @@ def check_parameter(name: str, param: Tensor, granularity: Granularity) -> None:
 def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def _check_steps(name: str, value: Any, *, least: int, hint: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be an int or None, got {value!r} of type {type(value).__name__}"
+        )
+    if value < least:
+        unit = "step" if least == 1 else "steps"
+        raise ValueError(f"{name} must be at least {least} {unit}, got {value!r}; {hint}")
+    return value
