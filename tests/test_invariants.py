@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import DENSE_GRADIENTS, ELEMENTWISE, Case
-from tests.reference import Scenario, Trial, bits, copies, same_bits, scenarios
+from tests.scenarios import Scenario, Trial, bits, copies, same_bits, scenarios
 
 MIXED = (0.5, 0.1, 0.75, 0.9)
 EVERY_CASE = st.sampled_from(DENSE_GRADIENTS)

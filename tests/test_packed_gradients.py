@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gmixout_optim import GMixoutOptimizer, PackedGradient
 from tests.optimizers import ELEMENTWISE, Case
-from tests.reference import SHAPES, TensorSpec
+from tests.scenarios import SHAPES, TensorSpec
 from tests.training import assert_equal, loss_of, saved_and_loaded, small_model, train, weights
 
 MEMORIES = ["contiguous", "transposed", "channels_last"]

@@ -13,16 +13,8 @@ from torch import Tensor, nn
 
 from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import CASES, DENSE_GRADIENTS, ELEMENTWISE, Case
-from tests.reference import (
-    MEMORIES,
-    Mix,
-    Reference,
-    Scenario,
-    TensorSpec,
-    Trial,
-    same_bits,
-    scenarios,
-)
+from tests.reference import Mix, Reference
+from tests.scenarios import MEMORIES, Scenario, TensorSpec, Trial, same_bits, scenarios
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-9, atol=1e-10),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.rounding import stochastic_round
 from tests.optimizers import ELEMENTWISE, Case
-from tests.reference import SHAPES, TensorSpec
+from tests.scenarios import SHAPES, TensorSpec
 from tests.training import assert_equal, saved_and_loaded
 
 NARROW = [torch.bfloat16, torch.float16]
