@@ -41,7 +41,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_ddp_trains_as_one_process_does(tmp_path) -> None:
+def test_invariant_10_ddp_trains_as_one_process_does(tmp_path) -> None:
     ranks = mp.spawn(_rank, (str(tmp_path),), nprocs=2, join=False)
     until = time.monotonic() + 180
     while not ranks.join(timeout=5):
