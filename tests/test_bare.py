@@ -29,7 +29,7 @@ def base_state(optimizer: torch.optim.Optimizer) -> dict:
     ],
     ids=["episodic", "persistent", "dense"],
 )
-def test_mask_prob_zero_is_the_bare_optimizer(
+def test_invariant_5_mask_prob_zero_is_the_bare_optimizer(
     case: Case, dtype: torch.dtype, settings: dict
 ) -> None:
     bare_model = small_model(dtype, bias=not case.matrices_only)
@@ -43,7 +43,7 @@ def test_mask_prob_zero_is_the_bare_optimizer(
     assert_equal(base_state(bare), base_state(wrapped))
 
 
-def test_mask_prob_zero_with_sparse_gradients() -> None:
+def test_invariant_5_mask_prob_zero_with_sparse_gradients() -> None:
     torch.manual_seed(0)
     bare_model = nn.Embedding(10, 4, sparse=True)
     model = copy.deepcopy(bare_model)

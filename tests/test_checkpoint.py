@@ -43,7 +43,7 @@ def fitting(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", DENSE_GRADIENTS, ids=repr)
 @given(settings=run_settings(), stop=st.integers(0, 7))
-def test_resumed_equals_uninterrupted(
+def test_invariant_8_resumed_equals_uninterrupted(
     case: Case, dtype: torch.dtype, settings: dict[str, Any], stop: int
 ) -> None:
     settings = fitting(case, settings)
@@ -98,7 +98,7 @@ def test_a_fresh_optimizers_own_state_loads() -> None:
 @pytest.mark.parametrize("model_first", [False, True], ids=["optimizer-first", "model-first"])
 @pytest.mark.parametrize("case", DENSE_GRADIENTS, ids=repr)
 @given(settings=run_settings(), stop=st.integers(0, 5))
-def test_saved_in_eval_resumes_exactly(
+def test_invariant_8_saved_in_eval_resumes_exactly(
     case: Case, dtype: torch.dtype, model_first: bool, settings: dict[str, Any], stop: int
 ) -> None:
     """Model and optimizer, both while the model holds the weights to deploy."""
@@ -178,7 +178,7 @@ def test_low_precision_keeps_anchors_and_values_exactly() -> None:
 
 
 @pytest.mark.parametrize("channels_last_first", [False, True])
-def test_resume_in_another_memory_format(channels_last_first: bool) -> None:
+def test_invariant_8_resume_in_another_memory_format(channels_last_first: bool) -> None:
     """Packed vectors are in row-major order whatever the strides."""
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 3).double()
@@ -381,7 +381,7 @@ def test_state_dict_hooks() -> None:
     assert seen == ["pre", "loaded"]
 
 
-def test_round_trip_through_distributed_checkpoint_state_dicts() -> None:
+def test_invariant_8_round_trip_through_distributed_checkpoint_state_dicts() -> None:
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,

@@ -1,7 +1,18 @@
-"""The invariants of the method that hold whatever the optimizer, each as a property of random training runs.
+"""Invariants of the method, each as a property of random training runs of any optimizer.
 
-Their numbers are those of the method's list; 5, 7, 8 and 10 are tested with what they are about, 6 with parity,
-11 with Mixout.
+Their numbers are those of the method's list, and the names of their tests begin with them:
+``pytest -k invariant_7_``. 1 to 4, 9 and 12 are here, the others with what they are about:
+
+- 5, with p = 0 the bare optimizer: ``test_bare.py``
+- 6, packed equals dense: ``test_parity.py``
+- 7, the index sets: ``test_index_sets_values.py`` and ``test_index_sets_frequencies.py``
+- 8, save, load and go on: ``test_checkpoint.py``
+- 10, the same sets on every device and shard: ``test_index_sets_shards.py``; in every world size:
+  ``test_distributed.py``
+- 11, the mean over masks: ``test_mixout.py``
+
+8 and 9 with compiled steps are in ``test_compile.py``; 1, 4, 8 and 9 in low precision in
+``test_rounding.py``.
 """
 
 from __future__ import annotations
@@ -53,7 +64,7 @@ def mixed_masks(trial: Trial) -> list[Tensor]:
 @MORE_EXAMPLES
 @given(runs(poisoned=True, residuals=("episodic",)))
 def test_invariant_1_off_s_the_live_weights_are_the_anchor(scenario: Scenario) -> None:
-    """Bit for bit after every step, whatever the gradients; on S too when an episode has just begun."""
+    """Bit for bit after every step, whatever the gradients; on S too when an episode begins."""
     trial = Trial(scenario)
     before, masks = copies(trial.mixed), mixed_masks(trial)
     for _ in trial.run():
@@ -162,7 +173,10 @@ GRIDS: dict[str | int, list[tuple[int, int]]] = {
 def test_masks_are_whole_cells_of_the_granularity_and_density_asked_for(
     by_group: bool, p: float, granularity: Any
 ) -> None:
-    """By the group's own keys where it has them; all is active in a group with mask_prob 0, and in one excluded."""
+    """By the group's own keys where it has them.
+
+    All is active in a group with mask_prob 0, and in one excluded.
+    """
     tensors = [nn.Parameter(torch.randn(shape)) for shape in [(6, 8), (12,), (7,), ()]]
     named = [(f"body.{i}", tensor) for i, tensor in enumerate(tensors)]
     unmixed, head = nn.Parameter(torch.randn(30)), nn.Parameter(torch.randn(30))
@@ -363,7 +377,10 @@ def looks(model: nn.Module) -> list[Any]:
 def test_invariant_12_the_model_is_not_touched(
     layout: str, granularity: str | int, rescale: bool
 ) -> None:
-    """The same Parameters, storage, modules and state_dict; nor are gradients, or weights not in training."""
+    """The same Parameters, storage, modules and state_dict.
+
+    Nor are gradients touched, or weights that are not in training.
+    """
     torch.manual_seed(0)
     model = Net()
     before = looks(model)
@@ -403,7 +420,10 @@ def test_invariant_12_the_model_is_not_touched(
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=repr)
 @given(data=st.data())
 def test_random_masking_trains_one_fixed_set(case: Case, data: st.DataObject) -> None:
-    """Off S the pretrained weights stay forever; on S the base trains as ever, and that is what is deployed."""
+    """Off S the pretrained weights stay forever; on S the base trains as ever.
+
+    That is what is deployed.
+    """
     scenario = data.draw(scenarios(case, residuals=("episodic",), mask_probs=MIXED))
     scenario = scenario.without_groups("anchor_decay")
     trial = Trial(scenario)
@@ -466,7 +486,10 @@ def test_resample_is_what_the_last_step_of_an_episode_does(scenario: Scenario) -
 @MORE_EXAMPLES
 @given(st.data())
 def test_resync_takes_the_weights_in_the_model_as_anchor(data: st.DataObject) -> None:
-    """Changing none of them, nor what the base knows of parameters that are not mixed; a new episode begins."""
+    """Changing none of them; a new episode begins.
+
+    Nor does it change what the base knows of parameters that are not mixed.
+    """
     scenario = data.draw(runs())
     trial = advance(Trial(scenario), data.draw(st.integers(0, scenario.steps)))
     episode = trial.optimizer.episode
@@ -487,7 +510,10 @@ def test_resync_takes_the_weights_in_the_model_as_anchor(data: st.DataObject) ->
 @MORE_EXAMPLES
 @given(st.data())
 def test_the_report_counts_inactive_weights_changed_from_outside(data: st.DataObject) -> None:
-    """inactive_differing: exactly those in the dense layouts, None or 0 in the packed one; 0 after resync."""
+    """inactive_differing: exactly those in the dense layouts.
+
+    None or 0 in the packed one; 0 after resync.
+    """
     scenario = data.draw(runs(mask_probs=MIXED))
     scenario = replace(scenario, missing=frozenset(), frozen=None)
     trial = advance(Trial(scenario), data.draw(st.integers(1, scenario.steps)))

@@ -31,7 +31,10 @@ def wrap(model: nn.Module, grad_layout: str = "packed", **settings: Any) -> GMix
 
 
 def assert_alike(run: Callable[[nn.Module, GMixoutOptimizer], Any], **settings: Any) -> None:
-    """``run`` on a fresh model gives the same, the same weights and the same state dict with both kinds of gradients."""
+    """``run`` on a fresh model gives the same with both kinds of gradients.
+
+    The weights and the state dict are the same afterwards too.
+    """
     sides = []
     for grad_layout in ("dense", "packed"):
         model = small_model()
@@ -187,7 +190,7 @@ def test_other_operators_are_refused(use: Any) -> None:
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
 @pytest.mark.parametrize("own", [True, False], ids=["optimizer", "torch"])
 def test_clipping(own: bool, norm_type: float) -> None:
-    """Both clip by the norm of what is used, as optimizer.clip_grad_norm_ does with dense gradients."""
+    """Both clip by the norm of what is used, as optimizer.clip_grad_norm_ with dense gradients."""
     dense_model, model = small_model(), small_model()
     dense, optimizer = wrap(dense_model, "dense"), wrap(model)
     for step in range(5):

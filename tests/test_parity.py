@@ -1,4 +1,4 @@
-"""The library computes what the reference computes, for every optimizer, layout, residual and setting."""
+"""The library computes what the reference does, for all optimizers, layouts and settings."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_whole_run(
 @pytest.mark.parametrize("case", DENSE_GRADIENTS, ids=repr)
 @given(data=st.data())
 def test_wrapper_equals_reference(case: Case, data: st.DataObject) -> None:
-    """In whole runs, with early ends of an episode and other weights put into the model at any moment."""
+    """In whole runs, with early ends of an episode and other weights in the model at any moment."""
     scenario = data.draw(scenarios(case))
     steps, calls = st.integers(1, scenario.steps), st.sampled_from(["resample", "resync"])
     check_whole_run(scenario, data.draw(st.dictionaries(steps, calls, max_size=2)))
@@ -222,7 +222,7 @@ LAYOUTS = ["packed", "dense", "persistent"]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_tied_parameter_is_one_parameter(layout: str) -> None:
-    """Embedding and decoder share a weight: autograd adds both uses, and the wrapper sees one tensor."""
+    """Embedding and decoder share a weight: both uses are added, the wrapper sees one tensor."""
     torch.manual_seed(0)
     embedding, decoder = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
     decoder.weight = embedding.weight

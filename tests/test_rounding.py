@@ -30,7 +30,7 @@ values = st.builds(lambda size, sign: size * sign, sizes, st.sampled_from([1.0, 
 
 
 def neighbours(value: float, dtype: torch.dtype) -> tuple[Fraction, Fraction]:
-    """The largest number of ``dtype`` that is not above a value, and the smallest that is not below."""
+    """The largest number of ``dtype`` not above a value, and the smallest not below it."""
     near = torch.tensor(value).to(dtype)
     bits = near.view(torch.int16)
     around = [near.item()]
@@ -83,7 +83,10 @@ def test_what_the_type_holds_stays_itself(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_unbiased_with_the_random_bits_that_steps_use(dtype: torch.dtype) -> None:
-    """One weight of 1 + x; the mean over 40,000 seeds' rounding, at 5 standard errors (1 in 1.7 million)."""
+    """One weight of 1 + x: the mean over 40,000 seeds' rounding.
+
+    At 5 standard errors (1 in 1.7 million).
+    """
     from gmixout_optim.index_sets import ROUNDING, episode_key, random_bits
 
     spacing = torch.finfo(dtype).eps
@@ -97,7 +100,7 @@ def test_unbiased_with_the_random_bits_that_steps_use(dtype: torch.dtype) -> Non
 
 
 def drift_of(stochastic_rounding: bool, dtype: torch.dtype, **settings: Any) -> Tensor:
-    """How far weights of 1 move under a constant gradient whose steps are far below their spacing."""
+    """How far weights of 1 move under a constant gradient with steps far below their spacing."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.ones(300, 100, dtype=dtype))
     base = torch.optim.SGD([param], lr=torch.finfo(dtype).eps / 100)
@@ -119,7 +122,7 @@ def drift_of(stochastic_rounding: bool, dtype: torch.dtype, **settings: Any) -> 
 @pytest.mark.parametrize("granularity", ["element", "row", 4])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_small_steps_arrive_on_average(dtype: torch.dtype, granularity: Any) -> None:
-    """80 steps, each on half of the weights, of which an episode's end keeps half: 20 whole steps."""
+    """80 steps, each on half of the weights; an episode's end keeps half: 20 whole steps."""
     exact = 20 * torch.finfo(dtype).eps / 100
     nearest = drift_of(False, dtype, granularity=granularity)
     assert not nearest.any()
@@ -310,7 +313,7 @@ def test_bad_input() -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", NARROW)
 def test_compiled(dtype: torch.dtype) -> None:
-    """The same bits round: a weight can differ by one spacing, where float32 differs in its last bit."""
+    """The same bits round; a weight may differ by a spacing where float32 does in its last bit."""
     runs = []
     for compile in (False, True):
         params = parameters(dtype, [TensorSpec((40, 50), "contiguous", "w")])
