@@ -1,9 +1,8 @@
-"""What the library knows about the optimizers it wraps, and how it enters their steps."""
+"""Facts about the optimizers that are wrapped, and how their steps are entered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -12,54 +11,79 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Closure = Callable[[], Any]
-Fresh = Callable[[dict[str, Any]], float | Tensor]
 
 
-# Optimizers whose update is element-wise: they may work on packed vectors. Each entry maps the state tensors
-# that do not start at zero to what they start at, as a function of the parameter group.
-ELEMENTWISE: dict[type[Optimizer], dict[str, Fresh]] = {
+def _of_torch(*names: str) -> tuple[type[Optimizer], ...]:
+    """Classes of torch.optim by name, without those that this version of torch does not have."""
+    kinds = (getattr(torch.optim, name, None) for name in names)
+    return tuple(kind for kind in kinds if kind is not None)
+
+
+# Optimizers whose update is element-wise: they may work on packed vectors. Each entry maps the state
+# tensors that do not start at zero to what they start at, as a function of the parameter group.
+ELEMENTWISE: dict[type[Optimizer], dict[str, Callable[[dict[str, Any]], float]]] = {
     torch.optim.Adadelta: {},
     torch.optim.Adagrad: {"sum": lambda group: group["initial_accumulator_value"]},
     torch.optim.Adam: {},
     torch.optim.AdamW: {},
     torch.optim.Adamax: {},
-    torch.optim.ASGD: {"eta": lambda group: group["lr"], "mu": lambda group: 1.0},
+    torch.optim.ASGD: {},
     torch.optim.NAdam: {"mu_product": lambda group: 1.0},
     torch.optim.RAdam: {},
     torch.optim.RMSprop: {},
-    torch.optim.Rprop: {"step_size": lambda group: group["lr"]},
+    torch.optim.Rprop: {},
     torch.optim.SGD: {},
 }
 
 # Optimizers known to need whole tensors, and why.
+_REASONS = {
+    "Adafactor": "its second moment is factored over the rows and columns of a matrix",
+    "LBFGS": "it holds on to the model's parameters and treats them as one vector",
+    "Muon": "it orthogonalises whole matrices",
+}
 NOT_ELEMENTWISE: dict[type[Optimizer], str] = {
-    torch.optim.Adafactor: "its second moment is factored over the rows and columns of a matrix",
-    torch.optim.LBFGS: "it holds on to the model's parameters and treats them as one vector",
-    torch.optim.Muon: "it orthogonalises whole matrices",
+    kind: reason for name, reason in _REASONS.items() for kind in _of_torch(name)
 }
 
 # Optimizers that cannot train mixed parameters at all, and why.
 REFUSED: dict[type[Optimizer], str] = {
-    torch.optim.SparseAdam: "it takes sparse gradients only, and a mask of a sparse gradient is not defined here; "
-    "use torch.optim.Adam with dense gradients",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and a mask of a sparse gradient is not defined "
+    "here; use torch.optim.Adam with dense gradients",
 }
 
-# Element-wise optimizers whose state begins at the learning rate of the step that makes it.
-_BEGINS_AT_LR: tuple[type[Optimizer], ...] = (torch.optim.ASGD, torch.optim.Rprop)
+# Element-wise optimizers whose state starts at the learning rate of the step that creates it.
+_STARTS_AT_LR = (torch.optim.ASGD, torch.optim.Rprop)
 
-# State that is not per element, although its shape can be the parameter's (without dimensions, or with one column).
+# State that is not per element, although its shape can be the parameter's (0-d, or one column).
 _SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product", "row_var", "col_var"})
 
-# Optimizers that keep the state of all parameters under one of them.
-_SHARED_STATE: tuple[type[Optimizer], ...] = (torch.optim.LBFGS,)
+# Optimizers that keep the state of all parameters under one of them, and step them at one rate.
+_SHARED_STATE = (torch.optim.LBFGS,)
+
+
+def has_rates(base: Optimizer) -> bool:
+    """Whether parameters of one group could be stepped at different learning rates."""
+    return type(base) not in _SHARED_STATE
+
+
+def follows_lr(base: Optimizer) -> bool:
+    """Whether the base steps each parameter at the learning rate that its group has in that step.
+
+    Rprop reads it once, when it creates its state, and ASGD a step ahead.
+    """
+    return has_rates(base) and not isinstance(base, _STARTS_AT_LR)
+
+
+def has_modes(base: Optimizer) -> bool:
+    """Whether the base itself swaps weights for evaluation, as schedule-free optimizers do."""
+    return callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None))
+
+
+# Entering a step
 
 
 def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
-    """The base's ``step`` with the base's own hooks, beneath torch's global ones.
-
-    Global step hooks belong to the step that the user called, the wrapper's: entered from above they would
-    fire twice.
-    """
+    """Runs the base's step with the base's own hooks; torch's global hooks fire for the wrapper."""
     args: tuple[Any, ...] = () if closure is None else (closure,)
     kwargs: dict[str, Any] = {}
     for pre_hook in base._optimizer_step_pre_hooks.values():
@@ -70,7 +94,7 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
             args, kwargs = changed
     _entered.add(id(base))
     try:
-        loss = _step_beneath_hooks(base)(*args, **kwargs)
+        loss = _step_without_hooks(base)(*args, **kwargs)
     finally:
         _entered.discard(id(base))
     for post_hook in base._optimizer_step_post_hooks.values():
@@ -79,109 +103,58 @@ def enter_step(base: Optimizer, closure: Closure | None = None) -> Any:
     return loss
 
 
-def has_rates(base: Optimizer) -> bool:
-    """Whether parameters of one group could be stepped at different learning rates."""
-    return type(base) not in _SHARED_STATE
-
-
-def follows_lr(base: Optimizer) -> bool:
-    """Whether the base steps at the learning rate of the step, for each parameter at its own.
-
-    Rprop reads it once, when it makes its state, and ASGD a step ahead.
-    """
-    return has_rates(base) and not isinstance(base, _BEGINS_AT_LR)
-
-
-def scaled_lr(lr: Any, scale: float) -> Any:
-    """A group's learning rate, a number or a tensor, times ``scale``; anything else as it is."""
-    is_rate = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
-    return lr * scale if is_rate and scale != 1 else lr
-
-
-@contextmanager
-def scaled_rates(base: Optimizer, scales: dict[Tensor, float]) -> Iterator[None]:
-    """Inside the block these parameters train with so many times their group's learning rate.
-
-    A group that holds parameters of several scales is shown to the base as so many groups. What the base
-    itself makes of a learning rate, it reads in its next step.
-    """
-    groups = base.param_groups
-    kept = [(group, group["params"], group.get("lr")) for group in groups]
-    shown: list[dict[str, Any]] = []
-    lent: list[tuple[Any, float]] = []
-    for group, params, lr in kept:
-        by_scale: dict[float, list[Tensor]] = {}
-        for param in params:
-            by_scale.setdefault(scales.get(param, 1.0), []).append(param)
-        parts = list(by_scale.items()) or [(1.0, params)]
-        for number, (scale, own) in enumerate(parts):
-            part = {**group} if number else group
-            part["params"] = own
-            if lr is not None:
-                part["lr"] = scaled_lr(lr, scale)
-            shown.append(part)
-        lent.append((group.get("lr"), parts[0][0]))
-    base.param_groups = shown
-    try:
-        yield
-    finally:
-        base.param_groups = groups
-        for (group, params, lr), (scaled, scale) in zip(kept, lent, strict=True):
-            group["params"] = params
-            if lr is not None:
-                changed = group.get("lr")
-                group["lr"] = lr if changed is scaled else scaled_lr(changed, 1 / scale)
-
-
 def mark_stepped(base: Optimizer) -> None:
-    """A scheduler that was built on the base looks here for a step before its own."""
+    """Tell a scheduler that was built on the base that a step came before its own."""
     base._opt_called = True  # type: ignore[attr-defined]
-
-
-def guard(base: Optimizer) -> None:
-    """Refuse calls of a wrapped base that would go past the wrapper."""
-    if _refuse_step not in base._optimizer_step_pre_hooks.values():
-        base.register_step_pre_hook(_refuse_step)
-        base.register_load_state_dict_pre_hook(_refuse_load)
-
-
-# The bases in whose step the wrapper is. A step that calls its parent class's fires the hooks again.
-_entered: set[int] = set()
-
-
-def _refuse_step(base: Optimizer, *_: Any) -> None:
-    if id(base) in _entered:
-        return
-    raise RuntimeError(
-        f"step() of a {type(base).__name__} that is wrapped: call step() of the GMixoutOptimizer around it, which takes "
-        "the base's step on the active weights"
-    )
-
-
-def _refuse_load(base: Optimizer, *_: Any) -> None:
-    raise RuntimeError(
-        f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the GMixoutOptimizer around it, or "
-        "into the base before wrapping it"
-    )
-
-
-def _step_beneath_hooks(base: Optimizer) -> Callable[..., Any]:
-    patched = _patched_step(base)
-    if patched is not None:
-        return patched  # somebody's own: theirs to keep
-    step: Any = type(base).step
-    return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, base)
-
-
-def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
-    patched: Callable[..., Any] | None = base.__dict__.get("step")
-    return None if hasattr(patched, "_wrapped_by_lr_sched") else patched
 
 
 def step_is_its_own(base: Optimizer) -> bool:
     """Whether the base's step is that of its class, without hooks on this base and not patched."""
     hooks = [*base._optimizer_step_pre_hooks.values(), *base._optimizer_step_post_hooks.values()]
     return hooks == [_refuse_step] and _patched_step(base) is None
+
+
+def guard(base: Optimizer) -> None:
+    """Refuse calls of a wrapped base that would bypass the wrapper."""
+    if _refuse_step not in base._optimizer_step_pre_hooks.values():
+        base.register_step_pre_hook(_refuse_step)
+        base.register_load_state_dict_pre_hook(_refuse_load)
+
+
+# Bases whose step was entered: a step that calls its parent class's fires the hooks again.
+_entered: set[int] = set()
+
+
+def _refuse_step(base: Optimizer, *_: Any) -> None:
+    if id(base) not in _entered:
+        raise RuntimeError(
+            f"step() of a {type(base).__name__} that is wrapped: call step() of the GMixoutOptimizer "
+            "around it, which takes the base's step on the active weights"
+        )
+
+
+def _refuse_load(base: Optimizer, *_: Any) -> None:
+    raise RuntimeError(
+        f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the GMixoutOptimizer "
+        "around it, or into the base before wrapping it"
+    )
+
+
+def _step_without_hooks(base: Optimizer) -> Callable[..., Any]:
+    patched = _patched_step(base)
+    if patched is not None:
+        return patched
+    step: Any = type(base).step
+    return MethodType(step.__wrapped__ if getattr(step, "hooked", False) else step, base)
+
+
+def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
+    """A step that somebody, but not a scheduler, set on this instance."""
+    patched: Callable[..., Any] | None = base.__dict__.get("step")
+    return None if hasattr(patched, "_wrapped_by_lr_sched") else patched
+
+
+# State
 
 
 def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
@@ -197,77 +170,37 @@ def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
 
 
 def renew_state(
-    base: Optimizer,
-    param: Tensor,
-    group: dict[str, Any],
-    shape: torch.Size,
-    rebuild: Callable[[Tensor, float | Tensor], Tensor],
-    carry: bool,
+    base: Optimizer, param: Tensor, group: dict[str, Any], shape: torch.Size, new_shape: torch.Size
 ) -> None:
-    """The base's state of one parameter after a redraw: fresh, or with ``carry`` fresh where a cell is new.
+    """Make the base's state of one parameter fresh, after a redraw.
 
-    In place where shapes allow it, so that a compiled step finds the tensors it was compiled for. A state
-    whose fresh values are not known is dropped and made anew by the base; so is, also with ``carry``, a state
-    that is not kept per element (factored moments, a curvature history).
-
-    Args:
-        shape: shape of the per-cell state tensors.
-        rebuild: makes the new tensor from the old one and the value that new cells start at.
+    In place where the shape of the per-cell tensors stays, so that a compiled step keeps its buffers. A
+    state whose fresh values are not known is dropped, and the base creates it anew.
     """
     if type(base) in _SHARED_STATE:
         base.state.clear()
     state = base.state.get(param)
     if not state:
         return
-    per_cell = per_cell_state(state, shape)
-    if carry:
-        droppable = any(
-            not isinstance(value, int | float | None)
-            and key not in per_cell
-            and not _is_scalar(value)
-            for key, value in state.items()
-        )
-    else:
-        droppable = not resets_in_place(base)
-    if droppable:
+    if not resets_in_place(base):
         del base.state[param]
         return
+    fresh = ELEMENTWISE[type(base)]
+    per_cell = per_cell_state(state, shape)
     for key, value in state.items():
-        start = fresh_value(base, group, key)
-        if key in per_cell:
-            renewed = rebuild(value, start)
-            state[key] = value.copy_(renewed) if value.shape == renewed.shape else renewed
-        elif isinstance(value, Tensor) and not carry:
-            fill_(value, start)
+        if isinstance(value, Tensor):
+            if key in per_cell and shape != new_shape:
+                state[key] = value = value.new_empty(new_shape)
+            value.fill_(fresh[key](group) if key in fresh else 0.0)
 
 
 def resets_in_place(base: Optimizer) -> bool:
     """Whether the base's state can be made fresh by writing known values into it."""
     # SGD's first momentum is the gradient undamped: only a missing buffer says so.
     damped = any(group.get("dampening") for group in base.param_groups)
-    return type(base) in ELEMENTWISE and type(base) not in _BEGINS_AT_LR and not damped
-
-
-def has_modes(base: Optimizer) -> bool:
-    """Whether the base itself swaps weights for evaluation, as schedule-free optimizers do."""
-    return callable(getattr(base, "train", None)) and callable(getattr(base, "eval", None))
+    return type(base) in ELEMENTWISE and not isinstance(base, _STARTS_AT_LR) and not damped
 
 
 def keeps_state(base: Optimizer, group: dict[str, Any]) -> bool:
     """Whether an element-wise base has any state for the parameters of a group once it has stepped."""
     return not isinstance(base, torch.optim.SGD) or group["momentum"] != 0
-
-
-def fresh_value(base: Optimizer, group: dict[str, Any], key: str) -> float | Tensor:
-    """What the base's state tensor ``key`` holds before a first step."""
-    fresh = ELEMENTWISE.get(type(base), {}).get(key)
-    return 0.0 if fresh is None else fresh(group)
-
-
-def fill_(tensor: Tensor, value: float | Tensor) -> Tensor:
-    """Fill in place with a number or a one-element tensor."""
-    return tensor.copy_(value.reshape(())) if isinstance(value, Tensor) else tensor.fill_(value)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1

@@ -2,184 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from gmixout_optim import mixing
 from gmixout_optim.bases import ELEMENTWISE
-from gmixout_optim.layout import KEY, Slot
-from gmixout_optim.mixed_tensor import MixedTensor
-from gmixout_optim.settings import check_anchor_decay
+from gmixout_optim.layout import Layout, kept_tensors
+from gmixout_optim.members import Member, Slot, name_of, parameters
+from gmixout_optim.param_groups import unwrapped
+from gmixout_optim.settings import KEY, check_anchor_decay, check_saved_run, up_to_date
 
-if TYPE_CHECKING:
-    from gmixout_optim.optimizer import GMixoutOptimizer
-
-# What says how far the run is. The rest of the run's settings must agree.
-_COUNTERS = ("seed", "episode", "steps_in_episode")
-_PROGRESS = (*_COUNTERS, "evaluating")
+Groups = list[dict[str, Any]]
 
 
-def parameters(optimizer: GMixoutOptimizer) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
-    """``(number, group, place in the group, parameter)`` of all parameters."""
-    number = 0
-    for group in optimizer.param_groups:
-        for place, param in enumerate(group["params"]):
-            yield number, group, place, param
-            number += 1
-
-
-def name_of(group: dict[str, Any], place: int, number: int) -> str:
-    names = group.get("param_names")
-    return names[place] if names is not None else f"parameter {number}"
-
-
-def state_dict(optimizer: GMixoutOptimizer) -> dict[str, Any]:
+def make_state_dict(layout: Layout) -> dict[str, Any]:
     """torch's format: ``state`` by parameter number, ``param_groups`` with numbers for parameters.
 
-    A mixed tensor's entry holds the base's state of it and, under ``"gmixout"``, its value and anchor.
+    A mixed tensor's entry holds the base's state of it and, under ``"gmixout"``, what its slot keeps.
     """
-    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
-        pre_hook(optimizer)
+    base, members = layout.base, layout.members
     state: dict[Any, Any] = {
-        key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)
+        key: value for key, value in base.state.items() if not isinstance(key, Tensor)
     }
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} | {"params": []}
-        for group in optimizer.param_groups
-    ]
-    for group in groups:
-        group[KEY] = {**optimizer.run, "trained": len(optimizer.layout.slots)}
-    place_of = {
-        id(group): saved for group, saved in zip(optimizer.param_groups, groups, strict=True)
-    }
-    for number, group, _, param in parameters(optimizer):
-        place_of[id(group)]["params"].append(number)
-        if optimizer.state.get(param):
-            state[number] = dict(optimizer.state[param])
-    result: dict[str, Any] = {"state": state, "param_groups": groups}
-    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
-        changed = post_hook(optimizer, result)
-        if changed is not None:
-            result = changed
-    return result
+    run = {**members.run.to_dict(), "trained": len(members.trained())}
+    groups: Groups = [{**group, "params": [], KEY: dict(run)} for group in base.param_groups]
+    saved_as = {id(group): saved for group, saved in zip(base.param_groups, groups, strict=True)}
+    for number, group, _, param in parameters(base.param_groups):
+        saved_as[id(group)]["params"].append(number)
+        entry = {key: item for key, item in base.state.get(param, {}).items() if key != KEY}
+        member = members.get(param)
+        if member is not None and member.slot is not None:
+            entry[KEY] = kept_tensors(member.slot)
+        if entry:
+            state[number] = entry
+    return {"state": state, "param_groups": groups}
 
 
-def load_state_dict(optimizer: GMixoutOptimizer, given: dict[str, Any]) -> None:
-    """Check all of a state dict, then take it. A ValueError leaves the optimizer as it was.
+def take_state_dict(layout: Layout, given: Any) -> None:
+    """Check all of a state dict, then take it. A ValueError leaves everything as it was.
 
-    Unlike torch's, this never casts state to the parameter's dtype: anchors and values are kept exactly.
+    Unlike torch's, this never casts state to the parameter's dtype: anchors are kept exactly.
     """
     if not isinstance(given, dict):
         raise ValueError(f"state_dict must be a dict, got {type(given).__name__}")
-    state_dict = dict(given)
-    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        changed = pre_hook(optimizer, state_dict)
-        if changed is not None:
-            state_dict = changed
-    groups = _checked_groups(optimizer, state_dict)
-    run = groups[0][KEY]
-    state, slots = _checked_state(optimizer, state_dict, groups, run)
-    _check_base_takes(optimizer, state, groups)
+    base, run = layout.base, layout.members.run
+    groups = _checked_groups(given, base.param_groups, layout)
+    state, slots = _checked_state(given["state"], groups, layout)
 
-    # All is checked: from here on nothing fails.
-    for group, loaded in zip(optimizer.param_groups, groups, strict=True):
+    before = [dict(group) for group in base.param_groups], dict(base.state)
+    layout.hide_slots()
+    for group, loaded in zip(base.param_groups, groups, strict=True):
         own: dict[str, Any] = {key: group[key] for key in ("params", "param_names") if key in group}
         group.clear()
-        group.update({**optimizer.base.defaults, **loaded, **own, KEY: optimizer.run})
-    optimizer.run.update({key: run[key] for key in _PROGRESS})
-    with optimizer.layout.apart():
-        optimizer.layout.restore(slots)
-        optimizer.state.clear()
-        optimizer.state.update(state)
-        optimizer.base.__setstate__(
-            {"state": optimizer.state, "param_groups": optimizer.param_groups}
-        )
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+        group.update({**base.defaults, **loaded, **own, KEY: run})
+    _replace(base.state, state)
+    try:
+        # Brings the formats of older versions of torch up to date.
+        base.__setstate__({"state": base.state, "param_groups": base.param_groups})
+    except Exception as error:
+        for group, old in zip(base.param_groups, before[0], strict=True):
+            _replace(group, old)
+        _replace(base.state, before[1])
+        raise ValueError(
+            f"state_dict does not hold what {type(base).__name__} keeps ({error!r}): it is damaged"
+        ) from error
+    run.go_on_from(groups[0][KEY])
+    for member in layout.members:
+        member.slot = slots.get(member)
 
 
-def _checked_groups(
-    optimizer: GMixoutOptimizer, state_dict: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _replace(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
+    mapping.clear()
+    mapping.update(items)
+
+
+def _checked_groups(given: dict[str, Any], own: Groups, layout: Layout) -> Groups:
     """The saved groups, copied, with everything that must agree with the optimizer's checked."""
-    saved = state_dict.get("param_groups")
-    if not isinstance(saved, list) or not isinstance(state_dict.get("state"), dict):
+    saved = given.get("param_groups")
+    if not isinstance(saved, list) or not isinstance(given.get("state"), dict):
         raise ValueError("state_dict has no 'param_groups' list and 'state' dict: it is damaged")
-    saved = [_up_to_date(group) for group in saved]
-    own = optimizer.param_groups
     if len(saved) != len(own):
         raise ValueError(
-            f"state_dict has {len(saved)} parameter groups, this optimizer {len(own)}: it belongs to another model"
+            f"state_dict has {len(saved)} parameter groups, this optimizer {len(own)}: it belongs to "
+            "another model"
         )
+    groups: Groups = []
     for place, (group, mine) in enumerate(zip(saved, own, strict=True)):
-        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-            raise ValueError(
-                f"parameter group {place} of state_dict has no 'params' list: it is damaged"
-            )
-        if len(group["params"]) != len(mine["params"]):
-            raise ValueError(
-                f"parameter group {place} of state_dict has {len(group['params'])} parameters, this optimizer's "
-                f"{len(mine['params'])}: it belongs to another model"
-            )
-        names, own_names = group.get("param_names"), mine.get("param_names")
-        if names and own_names and names != own_names:
-            saved_name, own_name = next(
-                pair for pair in zip(names, own_names, strict=True) if pair[0] != pair[1]
-            )
-            raise ValueError(
-                f"parameter group {place} of state_dict has {saved_name!r} where this optimizer has {own_name!r}: it "
-                "belongs to another model, or one whose parameters come in another order"
-            )
+        where = f"parameter group {place}"
+        _check_parameters(group, mine, where)
         if not isinstance(group.get(KEY), dict):
             raise ValueError(
-                f"parameter group {place} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. "
-                "Load it into the base before wrapping it"
+                f"{where} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. Load it "
+                "into the base before wrapping it"
             )
-        _check_settings(group[KEY], optimizer.run, f"parameter group {place}")
+        group = {
+            **group,
+            KEY: {"saved_version": group[KEY].get("version"), **up_to_date(group[KEY])},
+        }
+        check_saved_run(group[KEY], layout.members.run, where)
         for key in ("mask_prob", "granularity"):
             if group.get(key) != mine[key]:
                 raise ValueError(
-                    f"state_dict has {key}={group.get(key)!r} in parameter group {place}, this optimizer "
+                    f"state_dict has {key}={group.get(key)!r} in {where}, this optimizer "
                     f"{key}={mine[key]!r}: build it with the settings of the run that was saved"
                 )
-        _check_hyperparameters(group, mine, place)
-        if group[KEY] != saved[0][KEY]:
+        _check_hyperparameters(group, mine, where)
+        groups.append(group)
+        if group[KEY] != groups[0][KEY]:
             raise ValueError(
-                f"parameter group {place} of state_dict is at another step than group 0: it is damaged"
+                f"{where} of state_dict is at another step than group 0: it is damaged"
             )
-    return deepcopy(saved)
+    return deepcopy(groups)
 
 
-def _up_to_date(group: Any) -> Any:
-    """A saved group in the present format."""
-    if not isinstance(group, dict) or not isinstance(group.get(KEY), dict):
-        return group
-    run = group[KEY]
-    if run.get("version") == 1:
-        run = {**run, "version": 2, "stochastic_rounding": False}
-    if run.get("version") == 2:
-        run = {**run, "version": 3, "lr_scale": 1.0}
-    if run.get("version") == 3:
-        run = {**run, "version": 4, "episode_warmup": 0}
-    return {**group, KEY: run}
+def _check_parameters(saved: Any, own: dict[str, Any], where: str) -> None:
+    """As many as the optimizer has, of the same names."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("params"), list):
+        raise ValueError(f"{where} of state_dict has no 'params' list: it is damaged")
+    if len(saved["params"]) != len(own["params"]):
+        raise ValueError(
+            f"{where} of state_dict has {len(saved['params'])} parameters, this optimizer's "
+            f"{len(own['params'])}: it belongs to another model"
+        )
+    names, own_names = saved.get("param_names"), own.get("param_names")
+    if names and own_names:
+        for name, own_name in zip(names, own_names, strict=True):
+            if unwrapped(name) != unwrapped(own_name):
+                raise ValueError(
+                    f"{where} of state_dict has {name!r} where this optimizer has {own_name!r}: it belongs "
+                    "to another model, or one whose parameters come in another order"
+                )
 
 
-def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], place: int) -> None:
+def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
     """What may change while training is taken from the state dict, if it is of the right kind."""
     for key, value in own.items():
         kind = _kind(value)
         if key in saved and kind in (float, tuple) and _kind(saved[key]) is not kind:
             raise ValueError(
-                f"parameter group {place} of state_dict has {key}={saved[key]!r}, where this optimizer has {value!r}: "
-                "it is damaged"
+                f"{where} of state_dict has {key}={saved[key]!r}, where this optimizer has {value!r}: it is "
+                "damaged"
             )
     try:
         check_anchor_decay(saved.get("anchor_decay"))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"parameter group {place} of state_dict: {error}") from None
+        raise ValueError(f"{where} of state_dict: {error}") from None
 
 
 def _kind(value: Any) -> type:
@@ -189,150 +160,131 @@ def _kind(value: Any) -> type:
     return tuple if isinstance(value, list | tuple) else type(value)
 
 
-def _check_settings(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
-    if saved.get("version") != own["version"]:
-        raise ValueError(
-            f"state_dict has format version {saved.get('version')!r}, this library reads versions up to {own['version']}"
-        )
-    for key in _PROGRESS:
-        value = saved.get(key)
-        fits = type(value) is int and value >= 0 if key in _COUNTERS else type(value) is bool
-        if not fits:
-            raise ValueError(f"state_dict has {key}={value!r} in {where}: it is damaged")
-    k = own["resample_every"]
-    if saved["seed"] >= 2**63 or (k is not None and saved["steps_in_episode"] >= k):
-        raise ValueError(
-            f"state_dict has seed={saved['seed']} and steps_in_episode={saved['steps_in_episode']} in {where}, of "
-            f"resample_every={k}: it is damaged"
-        )
-    for key, value in own.items():
-        if key not in _PROGRESS and saved.get(key) != value:
-            raise ValueError(
-                f"state_dict has {key}={saved.get(key)!r}, this optimizer {key}={value!r}: build it with the "
-                "settings of the run that was saved"
-            )
-
-
 def _checked_state(
-    optimizer: GMixoutOptimizer,
-    state_dict: dict[str, Any],
-    groups: list[dict[str, Any]],
-    run: dict[str, Any],
-) -> tuple[dict[Any, Any], dict[MixedTensor, Slot]]:
+    entries: dict[Any, Any], groups: Groups, layout: Layout
+) -> tuple[dict[Any, Any], dict[Member, Slot]]:
     """Copies of the saved state, keyed by parameter, and the slots of mixed tensors."""
+    base, members, run = layout.base, layout.members, groups[0][KEY]
     numbers = [number for group in groups for number in group["params"]]
     owners = {
-        number: (group, place, param)
-        for number, (_, group, place, param) in zip(numbers, parameters(optimizer), strict=True)
+        number: (name_of(group, place, number), group, param)
+        for number, (_, group, place, param) in zip(
+            numbers, parameters(base.param_groups), strict=True
+        )
     }
-    packed = run["layout"] == "packed"
-    _check_keys(optimizer, state_dict["state"], owners)
+    _check_keys(base, entries, owners)
+    is_packed = run["layout"] == "packed"
     state: dict[Any, Any] = {}
-    slots: dict[MixedTensor, Slot] = {}
-    for number, entry in state_dict["state"].items():
+    slots: dict[Member, Slot] = {}
+    for number, entry in entries.items():
         if number not in owners:
             state[number] = deepcopy(entry)
             continue
-        group, place, param = owners[number]
-        name = name_of(group, place, number)
+        name, group, param = owners[number]
         if not isinstance(entry, dict):
             raise ValueError(f"the state of {name} in state_dict is no dict: it is damaged")
-        tensor = optimizer.mixed.get(param)
-        if (KEY in entry) > (tensor is not None):
+        member, shape = members.get(param), param.shape
+        if (KEY in entry) > (member is not None):
             raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
-        if packed and tensor is not None and KEY not in entry:
+        if is_packed and member is not None and KEY not in entry:
             raise ValueError(f"{name} is mixed here and was not in the run that was saved")
-        shape = param.shape
-        if tensor is not None and KEY in entry:
+        if member is not None and KEY in entry:
             if not isinstance(entry[KEY], dict):
                 raise ValueError(
                     f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged"
                 )
-            index = tensor.address(tensor.draw(run["seed"], run["episode"], run["sampler"]))
-            slot = slots[tensor] = optimizer.layout.restored(tensor, index, entry[KEY])
-            shape = slot.value.shape if packed else shape
-        of_base = {key: value for key, value in entry.items() if key != KEY}
+            index = member.cells.draw(run["seed"], run["episode"])
+            kept = _kept_up_to_date(layout, member, index, entry[KEY], run)
+            slot = slots[member] = layout.residual.restored(member, index, kept)
+            shape = slot.anchor.shape if is_packed else shape
+        of_base = {
+            key: _fitting_state(base, group, name, key, value, param, shape)
+            for key, value in entry.items()
+            if key != KEY
+        }
         if of_base:
-            state[param] = {
-                key: _fitting_state(optimizer, name, key, value, param, shape)
-                for key, value in of_base.items()
-            }
+            state[param] = of_base
     if run.get("trained") != len(slots):
         raise ValueError(
-            f"state_dict holds values and anchors of {len(slots)} tensors, but was made with those of "
+            f"state_dict holds anchors of {len(slots)} tensors, but was made with those of "
             f"{run.get('trained')}: it is damaged"
         )
     return state, slots
 
 
 def _check_keys(
-    optimizer: GMixoutOptimizer, entries: dict[Any, Any], owners: dict[int, Any]
+    base: Optimizer, entries: dict[Any, Any], owners: dict[int, tuple[str, dict[str, Any], Tensor]]
 ) -> None:
     """Numbers of parameters, and of parameters of a group the same kinds of state."""
-    of_torch = type(optimizer.base).__module__.startswith("torch.optim")
+    of_torch = type(base).__module__.startswith("torch.optim")
     forms: dict[int, dict[str, bool]] = {}
     for number, entry in entries.items():
         if number not in owners:
             if isinstance(number, int) or of_torch:
                 raise ValueError(
-                    f"state_dict has a state for parameter {number!r}, which is in none of its groups: it is damaged"
+                    f"state_dict has a state for parameter {number!r}, which is in none of its groups: it is "
+                    "damaged"
                 )
-            continue
-        if type(optimizer.base) in ELEMENTWISE and isinstance(entry, dict):
+        elif type(base) in ELEMENTWISE and isinstance(entry, dict):
             form = {key: isinstance(item, Tensor) for key, item in entry.items() if key != KEY}
-            group, place, _ = owners[number]
-            if form and form != forms.setdefault(id(group), form):
+            name, group, _ = owners[number]
+            first = forms.setdefault(id(group), form) if form else form
+            if form != first:
                 raise ValueError(
-                    f"state_dict holds {sorted(form)} of {name_of(group, place, number)} and {sorted(forms[id(group)])} "
-                    "of another parameter of its group, or tensors for the one only: it is damaged"
+                    f"state_dict holds {sorted(form)} of {name} and {sorted(first)} of another parameter of "
+                    "its group, or tensors for the one only: it is damaged"
                 )
-
-
-def _check_base_takes(
-    optimizer: GMixoutOptimizer, state: dict[Any, Any], groups: list[dict[str, Any]]
-) -> None:
-    """Raise where the base's own __setstate__, which brings old formats up to date, fails on the saved state."""
-    probe = object.__new__(type(optimizer.base))
-    probe.__dict__.update({**optimizer.base.__dict__, "defaults": dict(optimizer.base.defaults)})
-    own = [
-        {**group, "params": mine["params"]}
-        for group, mine in zip(groups, optimizer.param_groups, strict=True)
-    ]
-    try:
-        probe.__setstate__(
-            {
-                "state": {
-                    key: dict(entry) if isinstance(entry, dict) else entry
-                    for key, entry in state.items()
-                },
-                "param_groups": own,
-            }
-        )
-    except Exception as error:
-        raise ValueError(
-            f"state_dict does not hold what {type(optimizer.base).__name__} keeps ({error!r}): it is damaged"
-        ) from error
 
 
 def _fitting_state(
-    optimizer: GMixoutOptimizer, name: str, key: str, value: Any, param: Tensor, shape: Any
+    base: Optimizer,
+    group: dict[str, Any],
+    name: str,
+    key: str,
+    value: Any,
+    param: Tensor,
+    shape: Any,
 ) -> Any:
     """A copy of one entry of the base's state where the base keeps it."""
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if type(optimizer.base) in ELEMENTWISE and value.ndim > 0 and value.shape != shape:
+    if type(base) in ELEMENTWISE and value.ndim > 0 and value.shape != shape:
         raise ValueError(
             f"state_dict holds {key!r} of {name} with shape {tuple(value.shape)}, but this optimizer needs "
             f"{tuple(shape)}: it belongs to another model or other settings"
         )
     # torch keeps step counts on the host unless the step runs on the device.
-    stays = key == "step" and value.device.type == "cpu" and not _steps_on_device(optimizer, param)
+    on_device = group.get("capturable") or group.get("fused")
+    stays = key == "step" and value.device.type == "cpu" and not on_device
     return value.detach().to("cpu" if stays else param.device, copy=True)
 
 
-def _steps_on_device(optimizer: GMixoutOptimizer, param: Tensor) -> bool:
-    return any(
-        bool(group.get("capturable") or group.get("fused"))
-        for group in optimizer.param_groups
-        if any(param is known for known in group["params"])
-    )
+# Older formats
+
+
+def _kept_up_to_date(
+    layout: Layout, member: Member, index: Tensor, saved: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """What a state dict holds of a slot, in the present format.
+
+    Before version 5 the dense layout kept its anchor whole, and the live weights of a model that showed
+    those to deploy followed from the values.
+    """
+    anchor, value, cells = saved.get("anchor"), saved.get("value"), member.cells
+    if run["saved_version"] >= 5 or not isinstance(anchor, Tensor) or not isinstance(value, Tensor):
+        return saved
+
+    def active(item: Tensor) -> Tensor:
+        item = item.to(index.device)
+        if item.shape != cells.form[1]:
+            return item
+        return mixing.gather(cells.grid.view(cells.grid.copy(item)), index)
+
+    if run["residual"] == "episodic" and run["layout"] == "dense":
+        saved = {**saved, "anchor": active(anchor)}
+    if run["evaluating"] and active(anchor).shape == active(value).shape:
+        theta = mixing.model_values(active(anchor), active(value), member.scale)
+        rounds, dtype = run["stochastic_rounding"], cells.form[0]
+        dither = cells.dither(run["seed"], run["episode"]) if rounds else None
+        saved = {**saved, "live": mixing.narrowed(theta, dtype, index, dither).to(dtype)}
+    return saved

@@ -1,151 +1,173 @@
 """The packed step and the redraw as code fused by torch.compile.
 
-Tensors go through compiled code a few at a time, those that are alike together: a model repeats its blocks, so few
-kernels serve all of it, and what was compiled for one optimizer serves the next. Each batch is gathered, stepped and
-written in one graph; its packed gradients are never written to memory.
+Tensors go through compiled code a few at a time, those that are alike together: a model repeats its
+blocks, so few kernels serve all of it, and what was compiled for one optimizer serves the next. Each batch
+is gathered, stepped and written in one graph; its packed values and gradients are never written to
+memory.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache, lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch.optim import Optimizer
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import resets_in_place
-from gmixout_optim.batched import (
-    BatchedStep,
-    SettledOptions,
+from gmixout_optim.index_sets import stratified_cells
+from gmixout_optim.members import Member
+from gmixout_optim.packed_step import (
+    Batch,
+    SettledGroups,
+    by_options,
     form_of_options,
+    options_of,
     packed_step,
-    split,
+    partition,
+    step_plain,
     without_optimizer,
 )
-from gmixout_optim.index_sets import stratified_cells
-from gmixout_optim.layout import Row, columns
+from gmixout_optim.residual import slot_of
 
-# Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the tensors of a graph
-# share theirs.
-_CPU_BATCH = 6
-_GPU_BATCH = 32
+# Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the
+# tensors of a graph share theirs.
+_CPU_TENSORS = 6
+_GPU_TENSORS = 32
 
 
 class Compiler:
     """Decides which tensors' steps and redraws run compiled, and runs these.
 
     Args:
-        batched: the step that is compiled.
+        base: the wrapped optimizer.
         wanted: the user's ``compile``.
         static_shapes: whether index sets keep their sizes when they are redrawn.
     """
 
-    def __init__(self, batched: BatchedStep, wanted: bool | None, static_shapes: bool) -> None:
-        self.batched = batched
-        self.base = batched.base
+    def __init__(
+        self, base: Optimizer, wanted: bool | Literal["auto"], static_shapes: bool
+    ) -> None:
+        self.base = base
         self.wanted = wanted
         self.static_shapes = static_shapes
-        self._settled = SettledOptions(self.base, _form_without_lr)
+        self._settled = SettledGroups(base, _form_without_lr)
 
-    def split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        """The rows to run compiled, and the others: where nobody asked, or it would compile again and again."""
-        wanted = torch.cuda.is_available() if self.wanted is None else self.wanted
+    def split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
+        """The members to run compiled, and the others: where it is not wanted, or would recompile."""
+        wanted = torch.cuda.is_available() if self.wanted == "auto" else self.wanted
         if not wanted or not self.static_shapes or not resets_in_place(self.base):
-            return [], rows
-        return split(rows, self._wants)
+            return [], members
+        return partition(members, self._wants)
 
-    def split_step(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        """Of rows that can be stepped in batches those to step compiled, and the others.
+    def split_step(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
+        """Of members that can be stepped in batches those to step compiled, and the others.
 
-        A group whose options are not those of the step before steps eagerly: a momentum that follows a schedule would
-        compile in every step.
+        A group whose options are not those of the step before steps eagerly: a momentum that follows a
+        schedule would recompile in every step.
         """
-        wanted, others = self.split(rows)
+        wanted, others = self.split(members)
         if not wanted:
-            return [], rows
-        settled = self._settled.groups()
+            return [], members
+        settled = self._settled.ids()
         settled -= {id(group) for group in self.base.param_groups if _lr_is_zero(group)}
-        # Compiled, A + s * (phi - A) may round differently than where eval() and train() compute it.
-        ready, unready = split(
-            wanted, lambda row: row[0].scale == 1 and id(row[0].group) in settled
-        )
+        # Compiled, A + s * (phi - A) may round differently than where the library computes it eagerly.
+        ready, unready = partition(wanted, lambda m: m.scale == 1 and id(m.group) in settled)
         return ready, unready + others
 
-    def step(self, rows: list[Row]) -> list[Row]:
-        """Gather, step, write. Returns the rows that could not be compiled, as they were."""
-        failed: list[Row] = []
-        _bring_steps(rows, self.base.state)
+    def step(self, members: list[Member]) -> list[Member]:
+        """Gather, step, write. Returns the members that could not be compiled, as they were."""
+        if not members:
+            return []
+        from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+        failed: list[Member] = []
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
-        for own in self.batched.by_group(rows):
-            given = self.batched.columns(own)
-            # A number would compile again in every episode.
-            dithers = [
-                dither and dither._replace(key=torch.tensor(dither.key)) for dither in given.dithers
-            ]
-            given = given._replace(dithers=dithers)
-            keys = [
-                (
-                    _form_of(row),
-                    grad.dtype,
-                    grad.stride(),
-                    packed,
-                    tuple(state),
-                    dither is None,
-                )
-                for row, (grad, packed), state, dither in zip(
-                    own, given.grads, given.states, given.dithers, strict=True
-                )
-            ]
-            for key, places in _batches(own, keys):
-                batch = _pick(places, *given)
-                options = self._options(own, is_launched(own[places[0]][0].param))
-                made_for = (plain, form_of_options(options, numbers=True), key, len(places))
+        _move_step_counts(members, self.base.state)
+        for alike in by_options(members):
+            for key, some in _batches(alike, self._form_of_step):
+                given = Batch.of(some)
+                # A number would recompile in every episode.
+                dithers = [
+                    dither and dither._replace(key=torch.tensor(dither.key))
+                    for dither in given.dithers
+                ]
+                options = self._options(some[0])
+                made_for = (plain, form_of_options(options, numbers=True), key, len(some))
+                states = [self.base.state[member.param] for member in some]
                 try:
-                    _kernel(packed_step, made_for)(*batch, plain=plain, options=options)
+                    _kernel(packed_step, made_for)(
+                        *given._replace(dithers=dithers),
+                        enter=step_plain,
+                        states=states,
+                        plain=plain,
+                        options=options,
+                    )
                 except TorchDynamoException as error:
-                    failed += [own[place] for place in places]
+                    failed += some
                     self._give_up(error)
         return failed
 
-    def begin_episode(self, rows: list[Row]) -> None:
-        views, indices, values, anchors = columns(rows)
-        keys = [_form_of(row) for row in rows]
-        for key, places in _batches(rows, keys):
-            kernel = _kernel(mixing.begin_episode_, (key, len(places)))
-            kernel(*_pick(places, views, indices, values, anchors))
+    def begin_episode(self, members: list[Member]) -> None:
+        """Copy the active cells of the model into the anchors."""
+        for key, some in _batches(members, _form_of):
+            kernel = _kernel(mixing.copy_active_, (key, len(some)))
+            views = [member.cells.view() for member in some]
+            indices = [member.index() for member in some]
+            kernel(views, indices, [slot_of(member).anchor for member in some])
+            for member in some:
+                slot = slot_of(member)
+                if slot.value is not None:
+                    slot.value.copy_(slot.anchor)
+                slot.version = member.cells.version
 
-    def _wants(self, row: Row) -> bool:
-        tensor, _ = row
-        if tensor.param.is_cuda:
-            return _compiles_on_cuda() if self.wanted is None else bool(self.wanted)
-        # On a CPU torch's own kernels move wide cells faster than compiled code does; where these were asked for, single
-        # elements are those of biases and the like, too few to be worth a call.
-        return bool(self.wanted) and tensor.width == 1 and tensor.granularity != "row"
+    def _wants(self, member: Member) -> bool:
+        if member.cells.local.is_cuda:
+            return _compiles_on_cuda() if self.wanted == "auto" else bool(self.wanted)
+        # On a CPU torch's own kernels move wide cells faster than compiled code does; where these were
+        # asked for, single elements are those of biases and the like, too few to be worth a call.
+        cells = member.cells
+        return bool(self.wanted) and cells.grid.width == 1 and cells.granularity != "row"
 
-    def _options(self, rows: list[Row], foreach: bool) -> dict[str, Any]:
-        """The options of a group's rows as compiled code takes them.
+    def _form_of_step(self, member: Member) -> Hashable:
+        """What compiled code depends on of a member with a gradient."""
+        grad = member.cells.gradient
+        assert grad is not None
+        return (
+            _form_of(member),
+            grad.dtype,
+            grad.stride(),
+            type(grad),
+            tuple(self.base.state[member.param]),
+            member.dither is None,
+        )
 
-        They choose a form of the step without branches on values, which can be fused with gather and scatter: the
-        plain one, or that for all tensors at once, of which the compiler makes few kernels. A float lr goes into a
-        tensor: as a number it would compile again with every change.
+    def _options(self, member: Member) -> dict[str, Any]:
+        """The options of a member's group as compiled code takes them.
+
+        They choose a form of the step without branches on values, which can be fused with gather and
+        scatter: the plain one, or that for all tensors at once, of which the compiler makes few kernels. A
+        float lr goes into a tensor: as a number it would recompile with every change.
         """
-        options = self.batched.options(rows)
+        options = options_of(self.base, member)
+        foreach = is_launched(member.param)
         chosen = {"fused": False, "foreach": foreach, "capturable": True}
         options.update({key: value for key, value in chosen.items() if key in options})
         if not isinstance(options["lr"], Tensor):
-            options["lr"] = torch.tensor(options["lr"], dtype=torch.float64)
+            options["lr"] = torch.tensor(options["lr"], dtype=torch.float64, device="cpu")
         return options
 
     def _give_up(self, error: Exception) -> None:
         if self.wanted is not False:
             warnings.warn(
-                f"the step could not be compiled and goes on eagerly; compile=False avoids the attempt: {error}",
+                "the step could not be compiled and goes on eagerly; compile=False avoids the attempt: "
+                f"{error}",
                 stacklevel=2,
             )
         self.wanted = False
@@ -158,7 +180,7 @@ def _compiles_on_cuda() -> bool:
 
 
 @cache
-def draw() -> Callable[..., Tensor]:
+def compiled_draw() -> Callable[..., Tensor]:
     """The compiled form of the stratified sampler, one for all shapes."""
     return torch.compile(stratified_cells, dynamic=True)
 
@@ -170,24 +192,31 @@ def _form_without_lr(options: dict[str, Any]) -> Hashable:
 
 
 def _lr_is_zero(group: dict[str, Any]) -> bool:
-    """Whether code would divide by zero: what torch compiles for Adam divides by the learning rate."""
+    """Whether compiled code would divide by zero: what torch compiles for Adam divides by the lr."""
     lr = group["lr"]
     return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)
 
 
-def _form_of(row: Row) -> Hashable:
-    """What compiled code depends on of a tensor and its slot."""
-    tensor, slot = row
-    return tensor.width, slot.form, slot.placement, slot.value.shape, slot.index.dtype
+def _form_of(member: Member) -> Hashable:
+    """What compiled code depends on of a member."""
+    slot, cells = slot_of(member), member.cells
+    return (
+        cells.grid.width,
+        cells.form,
+        cells.placement,
+        slot.anchor.shape,
+        slot.value is None,
+        member.index().dtype,
+    )
 
 
-def _bring_steps(rows: list[Row], state: Any) -> None:
+def _move_step_counts(members: list[Member], state: Any) -> None:
     """Step counts to the parameters' devices: compiled code must not wait for the host's."""
-    for tensor, _ in rows:
-        entry = state[tensor.param]
-        step = entry.get("step")
-        if isinstance(step, Tensor) and step.device != tensor.param.device:
-            entry["step"] = step.to(tensor.param.device, non_blocking=True)
+    for member in members:
+        entry = state[member.param]
+        step, device = entry.get("step"), member.cells.local.device
+        if isinstance(step, Tensor) and step.device != device:
+            entry["step"] = step.to(device, non_blocking=True)
 
 
 def is_launched(tensor: Tensor) -> bool:
@@ -195,24 +224,29 @@ def is_launched(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _batches(rows: Sequence[Row], keys: Sequence[Hashable]) -> Iterator[tuple[Hashable, list[int]]]:
-    """The places of rows that are alike, so many at a time that one graph is to serve them."""
-    alike: dict[Hashable, list[int]] = {}
-    for place, key in enumerate(keys):
-        alike.setdefault(key, []).append(place)
-    for key, places in alike.items():
-        size = _GPU_BATCH if is_launched(rows[places[0]][0].param) else _CPU_BATCH
-        for start in range(0, len(places), size):
-            yield key, places[start : start + size]
-
-
-def _pick(places: list[int], *columns: list[Any]) -> list[list[Any]]:
-    return [[column[place] for place in places] for column in columns]
+def _batches(
+    members: list[Member], form: Callable[[Member], Hashable]
+) -> Iterator[tuple[Hashable, list[Member]]]:
+    """Members that are alike, so many at a time that one graph is to serve them."""
+    alike: dict[Hashable, list[Member]] = {}
+    for member in members:
+        alike.setdefault(form(member), []).append(member)
+    for key, some in alike.items():
+        size = _GPU_TENSORS if is_launched(some[0].param) else _CPU_TENSORS
+        for start in range(0, len(some), size):
+            yield key, some[start : start + size]
 
 
 @lru_cache(maxsize=1024)
 def _kernel(function: Any, key: Hashable) -> Callable[..., None]:
     """``function`` compiled for arguments of which ``key`` says all that the code depends on."""
     # torch counts recompilations by code object and gives up after a few: every key has its own.
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(own, dynamic=False, fullgraph=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gmixout_optim.mixed_tensor import MixedTensor
+from gmixout_optim.members import Member
 
 
 def looks_freshly_initialised(param: Tensor) -> bool:
@@ -35,8 +35,8 @@ def looks_freshly_initialised(param: Tensor) -> bool:
     return bool(abs(ratio - 1) < 6 * (0.8 / count) ** 0.5 + 1e-3)
 
 
-def warn_of_fresh_layers(tensors: Iterable[MixedTensor]) -> None:
-    names = [tensor.name for tensor in tensors if looks_freshly_initialised(tensor.param)]
+def warn_of_fresh_layers(members: Iterable[Member]) -> None:
+    names = [member.name for member in members if looks_freshly_initialised(member.param)]
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(

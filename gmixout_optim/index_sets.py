@@ -99,12 +99,6 @@ def active_count(cells: int, density: float) -> int:
     return min(cells, max(1, round(density * cells)))
 
 
-def elements(cell: Tensor, width: int) -> Tensor:
-    """The numbers (int64) of the elements of cells of ``width``, cell after cell."""
-    inside = torch.arange(width, device=cell.device)
-    return (cell.long()[:, None] * width + inside).flatten()
-
-
 class _Strata:
     """``size`` consecutive integer strata of ``range(cells)``, their lengths differing by at most one.
 

@@ -1,274 +1,181 @@
-"""Where the wrapped optimizer works, and what a mixed tensor keeps while an episode runs."""
+"""Where the wrapped optimizer works: what is common to the packed and the dense layout."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
 from gmixout_optim.bases import Closure
-from gmixout_optim.index_sets import ROUNDING, episode_key
-from gmixout_optim.mixed_tensor import MixedTensor
-from gmixout_optim.rounding import NARROW, Dither
-
-# Where state and groups keep what is the wrapper's: tensors in the state and scalars in the groups, so that tools
-# which know torch's format (torch.distributed.checkpoint) keep them.
-KEY = "gmixout"
-
-
-class Draws:
-    """What is random in a run, by tensor: pure functions of its seed and its counters.
-
-    Args:
-        run: the run's settings and how far it is.
-    """
-
-    def __init__(self, run: dict[str, Any]) -> None:
-        self.run = run
-
-    def cells(self, tensor: MixedTensor, *kernel: Callable[..., Tensor]) -> Tensor:
-        """The active cells in the running episode; ``kernel`` is a compiled form of the sampler."""
-        return self._cells(tensor, self.run["episode"], *kernel)
-
-    def previous_cells(self, tensor: MixedTensor) -> Tensor:
-        return self._cells(tensor, self.run["episode"] - 1)
-
-    def dither(self, tensor: MixedTensor) -> Dither | None:
-        """The random bits of a tensor's rounding in the running episode; None for rounding to nearest."""
-        if not self.run["stochastic_rounding"] or tensor.param.dtype not in NARROW:
-            return None
-        key = episode_key(self.run["seed"], tensor.number, self.run["episode"], ROUNDING)
-        return Dither(key, tuple(tensor.param.shape), tensor.param.stride(), tensor.width)
-
-    def _cells(self, tensor: MixedTensor, episode: int, *kernel: Callable[..., Tensor]) -> Tensor:
-        return tensor.draw(self.run["seed"], episode, self.run["sampler"], *kernel)
-
-
-@dataclass(eq=False)
-class Slot:
-    """What one mixed tensor keeps in the running episode.
-
-    Attributes:
-        index: int32 or int64, where the active cells lie in the parameter's view. Never saved: the seed gives it again.
-        value: what the wrapped optimizer trains (phi, or U), packed or dense as the layout says.
-        anchor: A, packed on the active cells or dense as the layout says.
-        placement: device and strides of the parameter that the tensors were made for.
-        form: its dtype and shape, which must not change.
-    """
-
-    index: Tensor
-    value: Tensor
-    anchor: Tensor
-    placement: tuple[torch.device, tuple[int, ...]]
-    form: tuple[torch.dtype, torch.Size]
-
-
-Row = tuple[MixedTensor, Slot]
-
-
-def columns(
-    rows: list[Row],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Views, indices, values and anchors, as :mod:`gmixout_optim.mixing` takes them."""
-    return (
-        [tensor.view(tensor.param) for tensor, _ in rows],
-        [slot.index for _, slot in rows],
-        [slot.value for _, slot in rows],
-        [slot.anchor for _, slot in rows],
-    )
+from gmixout_optim.members import Member, Members, Slot
+from gmixout_optim.packed_gradient import PackedGradient
+from gmixout_optim.residual import Residual, slot_of
+from gmixout_optim.settings import KEY
 
 
 class Layout(ABC):
-    """The steps of the method for one way to hold the trained values.
+    """Steps the base on mixed tensors and runs their episodes.
 
-    A tensor has a slot from its first gradient on. Without one it was never trained: it sits at its anchor,
-    and there is nothing to keep.
+    Args:
+        base: the wrapped optimizer.
+        members: the mixed parameters.
+        residual: what they keep.
     """
 
-    def __init__(self, base: Optimizer, draws: Draws) -> None:
+    def __init__(self, base: Optimizer, members: Members, residual: Residual) -> None:
         self.base = base
-        self.draws = draws
-        self.slots: dict[MixedTensor, Slot] = {}
-        self._is_apart = False
+        self.members = members
+        self.residual = residual
 
     @abstractmethod
-    def open(self, tensor: MixedTensor) -> Slot:
-        """The slot of a tensor whose theta = A, in the running episode."""
-
-    @abstractmethod
-    def step(self, tensors: Iterable[MixedTensor], closure: Closure | None) -> Any:
+    def step(self, closure: Closure | None) -> Any:
         """One step of the base; afterwards the model computes with theta. Returns the closure's loss."""
 
     @abstractmethod
-    def end_episode(self) -> None:
-        """Move the anchors toward the trained values."""
+    def _begin_episodes(self, members: list[Member]) -> None:
+        """Take redrawn index sets into use, and make the base's state fresh where it starts anew."""
 
     @abstractmethod
-    def begin_episode(self, carry_state: bool) -> None:
-        """Take the redrawn index sets into use."""
-
-    @abstractmethod
-    def reanchor(self) -> None:
-        """Take the weights now in the model as the anchor. An episode begins after it."""
-
-    @abstractmethod
-    def deployed(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        """The weights to deploy, where they can differ from the live ones: as :meth:`live` holds them."""
-
-    def live(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        """A copy of the part of the live weights that :meth:`show` writes: the active ones, packed."""
-        (weights,) = mixing.gather([tensor.view(tensor.param)], [slot.index])
-        return weights
-
-    def show(self, tensor: MixedTensor, slot: Slot, weights: Tensor) -> None:
-        """Write what :meth:`live` or :meth:`deployed` gave into the model."""
-        mixing.scatter_([tensor.view(tensor.param)], [slot.index], [weights])
-
-    @abstractmethod
-    def write_theta(self, tensor: MixedTensor, slot: Slot, into: Tensor | None = None) -> None:
-        """Make the parameter, or a tensor like it, hold the live weights again, from what is kept of them."""
-
-    def theta(self, tensor: MixedTensor, slot: Slot) -> Tensor:
-        """A copy of the parameter with the live weights as they were written to it."""
-        copy = tensor.copy_of(tensor.param)
-        self.write_theta(tensor, slot, copy)
-        return copy
-
-    @abstractmethod
-    def dense_anchor(self, tensor: MixedTensor) -> Tensor:
-        """A copy of the anchor with the parameter's shape and dtype."""
-
-    @abstractmethod
-    def displacement(self, tensor: MixedTensor, slot: Slot) -> tuple[Tensor, Tensor]:
-        """What has been learned on the active cells and the anchor there: (theta - A, A), packed."""
-
-    @abstractmethod
-    def restored(self, tensor: MixedTensor, index: Tensor, saved: dict[str, Tensor]) -> Slot:
-        """A slot from the tensors of a checkpoint. Raises ValueError where they do not fit."""
-
-    @abstractmethod
-    def take_over(self, tensor: MixedTensor) -> None:
+    def take_over(self, member: Member) -> None:
         """Bring a state that the base already has of a tensor into the layout's form."""
 
-    def used_gradient(self, tensor: MixedTensor) -> Tensor:
-        """The gradient with respect to the trained values on the active cells, packed."""
-        check_gradient(tensor)
-        assert tensor.param.grad is not None
-        active = self.active_gradient(tensor, tensor.param.grad)
-        return active if tensor.scale == 1 else active * tensor.scale
+    # Slots
 
-    def active_gradient(self, tensor: MixedTensor, grad: Tensor) -> Tensor:
-        """The part of a gradient on the active cells, packed."""
-        (active,) = mixing.gather([tensor.view(grad)], [self.index_of(tensor)])
-        return active
-
-    def index_of(self, tensor: MixedTensor) -> Tensor:
-        """Where the active cells lie. Of a tensor without slot nothing else is read, and it stays without."""
-        if tensor in self.slots:
-            return self.slot(tensor).index
-        return tensor.address(self.draws.cells(tensor))
-
-    def restore(self, slots: dict[MixedTensor, Slot]) -> None:
-        """Take the slots of a checkpoint."""
-        self.slots = slots
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """The base's state without the wrapper's entries, while the base or its state is worked on.
-
-        Outside, ``state[param]["gmixout"]`` shows the slot: tools that walk an optimizer's state find all of it.
-        """
-        if self._is_apart:
-            yield
-            return
-        state = self.base.state
-        self._is_apart = True
-        for tensor in self.slots:
-            entry = state.get(tensor.param)
-            if entry is not None:
-                entry.pop(KEY, None)
-                if not entry:
-                    del state[tensor.param]
-        try:
-            yield
-        finally:
-            self._is_apart = False
-            for tensor, slot in self.slots.items():
-                state[tensor.param][KEY] = {"value": slot.value, "anchor": slot.anchor}
-
-    def open_slots(self) -> Iterator[tuple[MixedTensor, Slot]]:
-        for tensor in list(self.slots):
-            yield tensor, self.slot(tensor)
-
-    def trained_slot(self, tensor: MixedTensor) -> Slot | None:
-        """The tensor's slot where it has one."""
-        return self.slot(tensor) if tensor in self.slots else None
-
-    def slot(self, tensor: MixedTensor) -> Slot:
-        """The tensor's slot, opened at its first use and moved to wherever its parameter has gone."""
-        slot = self.slots.get(tensor)
-        placement = placement_of(tensor.param)
+    def slot(self, member: Member) -> Slot:
+        """The member's slot, opened at its first use and moved to wherever its parameter has gone."""
+        slot, cells = member.slot, member.cells
         if slot is None:
-            slot = self.slots[tensor] = self.open(tensor)
-        elif slot.form != form_of(tensor.param):
+            slot = member.slot = self.residual.open(member)
+        elif slot.form != cells.form:
             raise RuntimeError(
-                f"{tensor.name} was {slot.form[0]} of shape {tuple(slot.form[1])} and is {tensor.param.dtype} of shape "
-                f"{tuple(tensor.param.shape)} now: convert the model before its optimizer is built"
+                f"{member.name} was {slot.form[0]} of shape {tuple(slot.form[1])} and is {cells.form[0]} of "
+                f"shape {tuple(cells.form[1])} now: convert the model before its optimizer is built"
             )
-        elif slot.placement != placement:
-            slot = self.slots[tensor] = replace(
-                slot,
-                index=tensor.address(self.draws.cells(tensor)),
-                value=_placed(tensor, slot.value),
-                anchor=_placed(tensor, slot.anchor),
-                placement=placement,
-            )
-            state = self.base.state.get(tensor.param, {})
-            for key, item in state.items():
-                if isinstance(item, Tensor) and item.ndim > 0:
-                    state[key] = item.to(placement[0])
+        elif slot.placement != cells.placement:
+            self._follow(member, slot)
         return slot
 
+    def open_members(self) -> list[Member]:
+        """The members that have a slot, which is where the parameter is."""
+        members = self.members.trained()
+        for member in members:
+            self.slot(member)
+        return members
 
-def placement_of(param: Tensor) -> tuple[torch.device, tuple[int, ...]]:
-    return param.device, param.stride()
+    def _follow(self, member: Member, slot: Slot) -> None:
+        cells = member.cells
+        device = cells.local.device
+        for name, item in kept_tensors(slot).items():
+            whole = self.residual.keeps_whole_tensors and name != "live"
+            setattr(slot, name, cells.grid.copy(item.to(device)) if whole else item.to(device))
+        slot.placement, slot.version = cells.placement, None
+        state = self.base.state.get(member.param, {})
+        for key, item in state.items():
+            if isinstance(item, Tensor) and item.ndim > 0:
+                state[key] = item.to(device)
+
+    def show_slots(self) -> None:
+        """Let the base's state show what slots keep, for tools that walk an optimizer's state."""
+        for member in self.members.trained():
+            self.base.state[member.param][KEY] = kept_tensors(slot_of(member))
+
+    def hide_slots(self) -> None:
+        """Undo :meth:`show_slots`: an optimizer may take an entry for a state that is initialised."""
+        state = self.base.state
+        for member in self.members.trained():
+            entry = state.get(member.param)
+            if entry is not None and KEY in entry:
+                del entry[KEY]
+                if not entry:
+                    del state[member.param]
+
+    # Episodes
+
+    def end_episode(self, skip_written: bool = False) -> list[Member]:
+        """Move the anchors; ``skip_written`` leaves tensors alone that were written since the last step.
+
+        Returns the members whose anchors moved toward what somebody else wrote in this episode.
+        """
+        moved_to = []
+        for member in self.open_members():
+            if not (skip_written and member.was_written()):
+                self.residual.catch_up(member)
+                self.residual.end_episode(member)
+                if slot_of(member).written:
+                    moved_to.append(member)
+            slot_of(member).written = False
+        return moved_to
+
+    def begin_episode(self) -> None:
+        self.members.run.begin_episode()
+        self._begin_episodes(self.open_members())
+
+    def reanchor(self) -> None:
+        """Take the weights now in the model as the anchor. An episode begins after it."""
+        for member in self.open_members():
+            self.residual.reanchor(member)
+
+    # What the model shows
+
+    @property
+    def shows_deployed(self) -> bool:
+        return any(slot_of(member).live is not None for member in self.members.trained())
+
+    def show_deployed(self) -> list[Member]:
+        """Put the weights to deploy into the model, but for tensors that were written since the last step.
+
+        Returns these. After a failure the model is as it was.
+        """
+        written, shown = [], []
+        try:
+            for member in self.open_members():
+                if member.was_written():
+                    written.append(member)
+                else:
+                    shown.append(member)
+                    self.residual.show_deployed(member)
+        except BaseException:
+            for member in shown:
+                if slot_of(member).live is not None:
+                    self.residual.show_live(member)
+            raise
+        return written
+
+    def show_live(self) -> list[Member]:
+        """Put the live weights back, but for tensors that were written since :meth:`show_deployed`.
+
+        There what was written becomes the anchor. Returns these.
+        """
+        written = []
+        for member in self.members.trained():
+            if slot_of(member).live is None:
+                continue
+            self.slot(member)
+            if member.was_written():
+                written.append(member)
+                self.residual.reanchor(member)
+            else:
+                self.residual.show_live(member)
+        return written
+
+    # Gradients
+
+    def active_gradient(self, member: Member) -> Tensor:
+        """The gradient with respect to what is trained on the active cells, packed: s * grad."""
+        member.check_gradient()
+        grad = member.cells.gradient
+        assert grad is not None
+        if isinstance(grad, PackedGradient):
+            active = grad.current_for(member)
+        else:
+            active = mixing.gather_gradient(member.cells.grid.view(grad), member.index())
+        return active if member.scale == 1 else active * member.scale
 
 
-def form_of(param: Tensor) -> tuple[torch.dtype, torch.Size]:
-    return param.dtype, param.shape
-
-
-def _placed(tensor: MixedTensor, item: Tensor) -> Tensor:
-    """A packed or dense tensor on the parameter's device, a dense one with the parameter's strides."""
-    item = item.to(tensor.param.device)
-    return tensor.copy_of(item) if item.shape == tensor.param.shape else item
-
-
-def check_gradient(tensor: MixedTensor) -> None:
-    """Raise where a gradient cannot be masked, before anything is changed."""
-    grad = tensor.param.grad
-    if grad is not None and grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of {tensor.name} is sparse ({grad.layout}), which cannot be mixed: build the layer with "
-            "dense gradients (torch.nn.Embedding(..., sparse=False)) or exclude the parameter"
-        )
-
-
-def fitting(saved: dict[str, Tensor], key: str, like: Tensor, name: str) -> Tensor:
-    """A copy of a saved tensor where ``like`` is; ValueError where shape or dtype differ."""
-    tensor = saved.get(key)
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"state_dict holds no tensor {key!r} for {name}: it is damaged")
-    if tensor.shape != like.shape or tensor.dtype != like.dtype:
-        raise ValueError(
-            f"state_dict holds {key!r} of {name} with shape {tuple(tensor.shape)} and {tensor.dtype}, but this "
-            f"optimizer needs {tuple(like.shape)} and {like.dtype}: it belongs to another model or other settings"
-        )
-    return tensor.detach().to(like.device, copy=True)
+def kept_tensors(slot: Slot) -> dict[str, Tensor]:
+    """What a state dict holds of a slot. Index sets follow from the seed."""
+    kept = {"anchor": slot.anchor, "value": slot.value, "live": slot.live}
+    return {name: tensor for name, tensor in kept.items() if tensor is not None}

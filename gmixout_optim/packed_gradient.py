@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gmixout_optim import mixing
-from gmixout_optim.mixed_tensor import MixedTensor
-
-if TYPE_CHECKING:
-    from gmixout_optim.packed import PackedLayout
+from gmixout_optim.members import Member
 
 _aten = torch.ops.aten
 
-# On the values alone these give what they give on the whole gradient, whose other elements are zero.
+# Of the active values these are what they are of the whole gradient, whose other elements are zero.
 _NORMS = {_aten.linalg_vector_norm, _aten.norm, _aten._foreach_norm}
 _REDUCTIONS = {_aten.linalg_vector_norm, _aten.norm, _aten.any}
 _IN_PLACE = {_aten.mul_, _aten.div_, _aten.clamp_}
@@ -42,77 +41,76 @@ _SAME_KIND = {
 class PackedGradient(Tensor):
     """What ``param.grad`` is with ``grad_layout="packed"``: a gradient that is zero off the active weights.
 
-    Shape, dtype and device are the parameter's. It holds the active values alone, and knows what training loops do
-    with gradients: accumulate, scale, clip, zero, norms. Anything else raises a RuntimeError.
+    Shape, dtype and device are the parameter's. It holds the active values alone, and knows what training
+    loops do with gradients: accumulate, scale, clip, zero, norms. Anything else raises a RuntimeError.
 
     Attributes:
         active: the gradient of the active weights, cell after cell: a vector in the gradient's dtype.
-        episode_number: the layout's count of episodes when it was packed; None for zero, which is right in all.
+        draw: the index set that it was packed for, by :attr:`Run.draws`; None for zero, which fits all.
     """
 
     active: Tensor
-    episode_number: int | None
+    draw: int | None
 
     # Everything arrives at __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    # The parameter holds its gradient where the garbage collector does not look: the way back is weak.
-    _tensor: weakref.ref[MixedTensor]
-    _layout: weakref.ref[PackedLayout]
+    # The parameter holds its gradient where the garbage collector does not look: a strong reference to
+    # the member, which holds the parameter, would keep both alive.
+    _member: weakref.ref[Member]
 
     @staticmethod
     def __new__(
-        cls,
-        active: Tensor,
-        tensor: weakref.ref[MixedTensor],
-        layout: weakref.ref[PackedLayout],
-        like: Tensor,
-        episode_number: int | None,
+        cls, active: Tensor, member: weakref.ref[Member], like: Tensor, draw: int | None
     ) -> PackedGradient:
         self: PackedGradient = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=active.dtype, device=active.device
         )
-        self.active, self.episode_number = active, episode_number
-        self._tensor, self._layout = tensor, layout
+        self.active, self.draw, self._member = active, draw, member
         return self
 
     def dense(self) -> Tensor:
         """A plain copy of the parameter's shape, zero off the active weights."""
-        tensor, layout = self._owner()
-        dense = tensor.copy_of(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
-        mixing.scatter_([tensor.view(dense)], [layout.index_of(tensor)], [self.current()])
+        member = self._owner()
+        grid = member.cells.grid
+        dense = grid.copy(torch.zeros(self.shape, dtype=self.dtype, device=self.device))
+        mixing.scatter_(grid.view(dense), member.index(), self._current())
         return dense
 
-    def _owner(self) -> tuple[MixedTensor, PackedLayout]:
-        tensor, layout = self._tensor(), self._layout()
-        if tensor is None or layout is None:
+    def current_for(self, member: Member) -> Tensor:
+        """The values for a step of ``member`` in the running episode.
+
+        Raises:
+            RuntimeError: another optimizer packed them, or this one for an episode that has ended.
+        """
+        if self._owner() is not member:
+            raise RuntimeError(
+                "a gradient was packed by another GMixoutOptimizer, which has the same parameter: use one "
+                "of them"
+            )
+        return self._current()
+
+    def _owner(self) -> Member:
+        member = self._member()
+        if member is None:
             raise RuntimeError(
                 "the GMixoutOptimizer that packed this gradient is gone: call zero_grad() on the model"
             )
-        return tensor, layout
+        return member
 
-    def check_owner(self, layout: PackedLayout) -> None:
-        """Raise where another optimizer packed the gradient, or this one in another episode."""
-        if self._owner()[1] is not layout:
-            raise RuntimeError(
-                "a gradient was packed by another GMixoutOptimizer, which has the same parameter: use one of them"
-            )
-        self.current()
-
-    def current(self) -> Tensor:
-        """The values for a step in the running episode; a RuntimeError where they were packed for another."""
-        tensor, layout = self._owner()
-        if self.episode_number is None:
-            index = layout.index_of(tensor)
-            size = tensor.elements_at(index)
+    def _current(self) -> Tensor:
+        member = self._owner()
+        if self.draw is None:
+            index = member.index()
+            size = member.cells.grid.size_at(index)
             return torch.zeros(size, dtype=self.dtype, device=index.device)
-        if self.episode_number != layout.episode_number:
+        if self.draw != member.run.draws:
             raise RuntimeError(
-                f"the gradient of {tensor.name} was packed for an episode that has ended, and other weights are active "
-                "now: call zero_grad() before backward(), and backward() again after resample(), resync() or "
-                "load_state_dict()"
+                f"the gradient of {member.name} was packed for an episode that has ended, and other weights "
+                "are active now: call zero_grad() before backward(), and backward() again after "
+                "resample(), resync() or load_state_dict()"
             )
-        return self.active.to(tensor.param.device)
+        return self.active.to(member.cells.local.device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (
@@ -152,34 +150,41 @@ class PackedGradient(Tensor):
                     return first
                 if kind in _SAME_KIND:
                     values = func(first.active, *args[1:], **kwargs)
-                    return cls(values, first._tensor, first._layout, first, first.episode_number)
+                    return cls(values, first._member, first, first.draw)
         raise RuntimeError(
-            f"{func} is not defined for a packed gradient, which a GMixoutOptimizer with grad_layout='packed' made and "
-            "which holds active weights only: read its .active, or .dense() for zeros elsewhere; for another optimizer call "
-            "zero_grad() first. Where something else owns the gradients, as the reducer of DistributedDataParallel does, "
-            "or differentiates through them, use grad_layout='dense'"
+            f"{func} is not defined for a packed gradient, which a GMixoutOptimizer with "
+            "grad_layout='packed' made and which holds active weights only: read its .active, or .dense() "
+            "for zeros elsewhere; for another optimizer call zero_grad() first. Where something else owns "
+            "the gradients, as the reducer of DistributedDataParallel does, or differentiates through them, "
+            "use grad_layout='dense'"
         )
 
     def _zero(self) -> PackedGradient:
         self.active.zero_()
-        self.episode_number = None
+        self.draw = None
         return self
 
     def _accumulate(self, other: Tensor) -> PackedGradient:
         """What backward does with a gradient where there is one."""
-        tensor, layout = self._owner()
+        member = self._owner()
         if type(other) is not Tensor or other.shape != self.shape:
             raise RuntimeError("only a dense gradient can be added to a packed gradient")
-        more = layout.packed_from(tensor, other)
-        if self.episode_number is None:
-            self.active, self.episode_number = more.to(self.dtype), layout.episode_number
+        more = _active_part(member, other)
+        if self.draw is None:
+            self.active, self.draw = more.to(self.dtype), member.run.draws
         else:
-            self.current().add_(more)
+            self._current().add_(more)
         return self
 
 
+def _active_part(member: Member, grad: Tensor) -> Tensor:
+    """The active part of a dense gradient, in its dtype, in the running episode."""
+    with torch.no_grad():
+        return mixing.gather_gradient(member.cells.grid.view(grad), member.index())
+
+
 def _filled(kind: Any, active: Tensor) -> Tensor:
-    """Of a gradient without active weights one of the zeros: some norms are not defined for nothing at all."""
+    """The norm of an empty tensor raises; take one zero."""
     return active if active.numel() or kind not in _NORMS else active.new_zeros(1)
 
 
@@ -202,33 +207,37 @@ def _keeps_zeros(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return kind is not _aten.any or not rest
 
 
-class _Pack:
-    """The hook: packs a parameter's gradient while the optimizer is there."""
-
-    def __init__(self, tensor: MixedTensor, layout: PackedLayout) -> None:
-        self.tensor, self.layout = weakref.ref(tensor), weakref.ref(layout)
-
-    def __call__(self, param: Tensor) -> None:
-        grad, tensor, layout = param.grad, self.tensor(), self.layout()
-        if grad is None or tensor is None or layout is None or not _can_be_packed(grad):
-            return
-        active = layout.packed_from(tensor, grad)
-        param.grad = PackedGradient(active, self.tensor, self.layout, param, layout.episode_number)
+# The hook of each parameter whose gradients are packed, whichever optimizer does it.
+_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def pack_gradients_of(param: Tensor, tensor: MixedTensor, layout: PackedLayout) -> None:
-    """From the next backward on, ``param.grad`` is packed as soon as it is there, and the dense one is freed."""
-    leave_gradients_of(param)
-    param.register_post_accumulate_grad_hook(_Pack(tensor, layout))  # type: ignore[no-untyped-call]
+def pack_gradients(member: Member) -> None:
+    """From the next backward on, ``param.grad`` is packed as soon as it is there, and the dense one freed.
+
+    Does nothing for a frozen parameter, on which torch takes no hook.
+    """
+    if member.packs_gradients or not member.param.requires_grad:
+        return
+    leave_gradients(member.param)
+    owner = weakref.ref(member)
+
+    def pack(param: Tensor) -> None:
+        grad, member = param.grad, owner()
+        if grad is not None and member is not None and _can_be_packed(grad):
+            param.grad = PackedGradient(_active_part(member, grad), owner, param, member.run.draws)
+
+    handle = member.param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]
+    _hooks[member.param] = handle
+    member.packs_gradients = True
 
 
-def leave_gradients_of(param: Tensor) -> None:
+def leave_gradients(param: Tensor) -> None:
     """Let ``param.grad`` be what backward makes of it, whichever optimizer packed it."""
-    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _Pack)]:
-        del hooks[key]
+    handle: RemovableHandle | None = _hooks.pop(param, None)  # type: ignore[no-untyped-call]
+    if handle is not None:
+        handle.remove()
 
 
 def _can_be_packed(grad: Tensor) -> bool:
-    """Not what is packed, what must be refused when it is used, and what a backward through it needs whole."""
+    """Not what is packed, what the step refuses, and what a backward through it needs whole."""
     return type(grad) is Tensor and grad.layout == torch.strided and not grad.requires_grad

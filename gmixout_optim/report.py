@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmixout_optim.checkpoint import name_of, parameters
-from gmixout_optim.layout import KEY
-
-if TYPE_CHECKING:
-    from gmixout_optim.optimizer import GMixoutOptimizer
+from gmixout_optim.layout import Layout
+from gmixout_optim.members import Member, name_of, parameters
+from gmixout_optim.settings import KEY
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,11 @@ class TensorReport:
         note: why it is not, or what is particular.
         density: share of its cells that are active, 1.0 for an unmixed one.
         width: elements in a cell.
-        drift: root mean square of theta - A over the active weights, relative to that of A; None where it is not
-            mixed or was not trained in this episode.
-        inactive_differing: how many inactive weights differ from the anchor, None where that is not known
-            (packed: the weights themselves are the anchor there).
-        active_differing: how many active weights differ from what the optimizer wrote, None where nothing was
-            trained yet or the model holds the weights to deploy. Anything but 0 in either says that the weights
-            were changed from outside: call ``resync()``, or the next step undoes it.
+        drift: root mean square of theta - A over the active weights, relative to that of A; None where it
+            is not mixed or was not trained in this episode, and where A is zero.
         state_bytes: bytes of the base's state.
-        value_bytes, anchor_bytes, index_bytes: bytes of the trained values, the anchor and the index set.
+        value_bytes: bytes of what is trained, where the model does not hold it.
+        anchor_bytes, index_bytes: bytes of the anchor and the index set.
     """
 
     name: str
@@ -46,8 +40,6 @@ class TensorReport:
     density: float
     width: int
     drift: float | None
-    inactive_differing: int | None
-    active_differing: int | None
     state_bytes: int
     value_bytes: int
     anchor_bytes: int
@@ -109,82 +101,70 @@ class Report:
         return "\n".join(lines)
 
 
-def make_report(optimizer: GMixoutOptimizer) -> Report:
-    run = optimizer.run
-    places = {id(group): place for place, group in enumerate(optimizer.param_groups)}
+def make_report(layout: Layout) -> Report:
+    run, groups = layout.members.run, layout.base.param_groups
+    numbers = {id(group): number for number, group in enumerate(groups)}
     return Report(
-        base=run["base"],
-        residual=run["residual"],
-        layout=run["layout"],
-        sampler=run["sampler"],
-        episode=run["episode"],
-        steps_in_episode=run["steps_in_episode"],
+        base=run.base,
+        residual=run.residual,
+        layout=run.layout,
+        sampler=run.sampler,
+        episode=run.episode,
+        steps_in_episode=run.steps_in_episode,
         tensors=[
-            _tensor_report(optimizer, number, group, place, param, places[id(group)])
-            for number, group, place, param in parameters(optimizer)
+            _report_on(layout, name_of(group, place, number), group, numbers[id(group)], place)
+            for number, group, place, _ in parameters(groups)
         ],
     )
 
 
-def _tensor_report(
-    optimizer: GMixoutOptimizer,
-    number: int,
-    group: dict[str, Any],
-    place: int,
-    param: Tensor,
-    group_number: int,
+def _report_on(
+    layout: Layout, name: str, group: dict[str, Any], group_number: int, place: int
 ) -> TensorReport:
-    tensor = optimizer.mixed.get(param)
-    slot = optimizer.slot_of(param)
-    note = ""
-    density, width, drift = 1.0, 1, None
-    inactive_differing = active_differing = None
-    if tensor is None:
-        note = optimizer.reason_unmixed(group, place) or "added to the group from outside"
-    else:
-        active = optimizer.active_mask(param)
-        density = float(active.float().mean())
-        width = tensor.width
-        if tensor.fell_back_to_elements:
-            note = f"{param.numel()} elements are not a multiple of {group['granularity']}: element-wise"
-        elif not param.requires_grad:
-            note = "frozen"
-        elif tensor.cells == 1:
-            note = "one cell: always active"
-        if slot is not None:
-            moved, anchor = optimizer.layout.displacement(tensor, slot)
-            if moved.numel():
-                drift = float(_norm(moved) / _norm(anchor).clamp(min=1e-30))
-            changed = param != optimizer.layout.theta(tensor, slot)
-            if not (changed.any() and optimizer.shows_deployed(tensor, slot)):
-                active_differing = int((changed & active).sum())
-                if slot.anchor.shape == param.shape:
-                    inactive_differing = int((changed & ~active).sum())
+    param = group["params"][place]
+    member = layout.members.get(param)
+    slot = None if member is None else member.slot
     return TensorReport(
-        name=name_of(group, place, number),
+        name=name,
         shape=tuple(param.shape),
         group=group_number,
-        mixed=tensor is not None,
-        note=note,
-        density=density,
-        width=width,
-        drift=drift,
-        inactive_differing=inactive_differing,
-        active_differing=active_differing,
+        mixed=member is not None,
+        note=_note(layout, group, place, member),
+        density=1.0 if member is None else float(member.mask().float().mean()),
+        width=1 if member is None else member.cells.grid.width,
+        drift=None if member is None else _drift(layout, member),
         state_bytes=_bytes_of(
-            {key: item for key, item in optimizer.state.get(param, {}).items() if key != KEY}
+            {key: item for key, item in layout.base.state.get(param, {}).items() if key != KEY}
         ),
-        value_bytes=_bytes_of(slot and slot.value),
+        value_bytes=_bytes_of(slot and [slot.value, slot.live]),
         anchor_bytes=_bytes_of(slot and slot.anchor),
-        index_bytes=_bytes_of(slot and slot.index),
+        index_bytes=_bytes_of(slot and member and member.index()),
     )
 
 
+def _note(layout: Layout, group: dict[str, Any], place: int, member: Member | None) -> str:
+    if member is None:
+        return layout.members.reason_unmixed(group, place) or "added to the group from outside"
+    if member.cells.fell_back_to_elements:
+        count, granularity = member.param.numel(), member.cells.granularity
+        return f"{count} elements are not a multiple of {granularity}: element-wise"
+    if not member.param.requires_grad:
+        return "frozen"
+    return "one cell: always active" if member.cells.grid.cells == 1 else ""
+
+
+def _drift(layout: Layout, member: Member) -> float | None:
+    """Relative to the anchor, which says nothing where the anchor is zero."""
+    if member.slot is None:
+        return None
+    layout.slot(member)
+    anchor = layout.residual.active_anchor(member)
+    moved = layout.residual.theta(member).to(anchor.dtype) - anchor
+    size = _norm(anchor)
+    return float(_norm(moved) / size) if anchor.numel() and size > 0 else None
+
+
 def _row(tensor: TensorReport) -> tuple[str, ...]:
-    note = tensor.note
-    changed = (tensor.inactive_differing or 0) + (tensor.active_differing or 0)
-    if changed:
-        note = f"{changed} weights were changed from outside: call resync()"
     return (
         tensor.name,
         str(tensor.group),
@@ -194,12 +174,15 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
         str(tensor.width),
         "" if tensor.drift is None else f"{tensor.drift:.1e}",
         f"{tensor.bytes:,}",
-        note,
+        tensor.note,
     )
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor.abs().double())
+    size = tensor.abs()
+    norm: Tensor = torch.linalg.vector_norm(
+        size, dtype=torch.promote_types(size.dtype, torch.float32)
+    )
     return norm
 
 

@@ -1,74 +1,42 @@
-"""Stochastic rounding to parameters below float32."""
+"""Stochastic rounding to dtypes below float32."""
 
 from __future__ import annotations
 
-from math import prod
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-from gmixout_optim.index_sets import Number, elements
 
 # How many of float32's mantissa bits the narrower types lack, where both are normal numbers.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 NARROW = tuple(_DROPPED_BITS)
 
-# Below its smallest normal number, 2**-14, float16 has a fixed spacing of 2**-24; bfloat16's are float32's.
+# Below its smallest normal number, 2**-14, float16 has a fixed spacing of 2**-24. bfloat16 has
+# the exponents of float32.
 _HALF_NORMAL = 2.0**-14
 _HALF_SPACING_BITS = 24
 _FRACTION_BITS = 20
 
 
-class Dither(NamedTuple):
-    """The random bits of a tensor's elements in an episode: a function of the key and of an element's number.
-
-    Elements are numbered in row-major order, whatever the memory format.
-
-    Attributes:
-        key: of :func:`gmixout_optim.index_sets.random_bits`.
-        shape, strides: the parameter's.
-        width: elements in a cell.
-    """
-
-    key: Number
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    width: int
-
-    def places(self, index: Tensor) -> Tensor:
-        """The numbers (int64) of the elements that ``index`` addresses, see :meth:`MixedTensor.address`."""
-        row_major = [prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
-        dims = [dim for dim, size in enumerate(self.shape) if size > 1]
-        if all(self.strides[dim] == row_major[dim] for dim in dims):
-            return elements(index, self.width)
-        offset = index.long()
-        number = torch.zeros_like(offset)
-        for dim in sorted(dims, key=lambda dim: -self.strides[dim]):
-            number = number + offset // self.strides[dim] * row_major[dim]
-            offset = offset % self.strides[dim]
-        return number
-
-
 def stochastic_round(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     """Round to one of the two neighbours in ``dtype``, up with the probability that makes the mean exact.
 
-    A value between neighbours a < b becomes b with probability (value - a) / (b - a) over uniform ``random``; what
-    ``dtype`` can hold stays itself. For given bits it is monotone: a larger value is never rounded lower.
-    (Gupta et al. 2015, arXiv 1502.02551, section 3.1.)
+    A value between neighbours a < b becomes b with probability (value - a) / (b - a) over uniform
+    ``random``; a value that ``dtype`` can hold does not change. For given bits the function is monotone:
+    a larger value is never rounded lower. (Gupta et al. 2015, arXiv 1502.02551, section 3.1.)
 
     Args:
         values: float32.
         dtype: torch.bfloat16 or torch.float16.
-        random: 32 random bits for each value, in an integer tensor of the same shape (higher bits do not matter).
+        random: 32 random bits for each value, in an integer tensor of the same shape (higher bits do
+            not matter).
 
     Returns:
-        a tensor of ``dtype``. nan and infinities stay; values beyond the largest finite one round to it or to infinity.
+        a tensor of ``dtype``. nan and infinities stay; a value beyond the largest finite one rounds to
+        that or to infinity.
     """
     dropped = _DROPPED_BITS[dtype]
     mask = (1 << dropped) - 1
-    # The bits of a float are its magnitude in order: adding to them carries into the next number away from zero.
+    # The bits of a float order its magnitudes: a carry goes to the next number away from zero.
     bits = random.to(torch.int32).bitwise_and_(mask).add_(values.view(torch.int32))
     rounded = bits.bitwise_and_(~mask).view(torch.float32)
     if dtype == torch.float16:

@@ -19,36 +19,15 @@ Gradients = list["Tensor | None"]
 # The loss and its gradients at the weights theta.
 Evaluate = Callable[[list[Tensor]], tuple[Tensor, Gradients]]
 
-# Names under which torch's optimizers keep one number for each weight. What is in neither table
-# (factored moments, a curvature history) belongs to a tensor as a whole.
-PER_WEIGHT = frozenset(
-    [
-        "acc_delta",
-        "ax",
-        "exp_avg",
-        "exp_avg_sq",
-        "exp_inf",
-        "grad_avg",
-        "max_exp_avg_sq",
-        "momentum_buffer",
-        "prev",
-        "square_avg",
-        "step_size",
-        "sum",
-        "variance",
-    ]
-)
-COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})
-
-# What a fresh optimizer has there, where that is not zero: its hyperparameter of this name.
-FRESH = {"sum": "initial_accumulator_value", "step_size": "lr"}
-
 
 @dataclass
 class Mix:
-    """How one tensor is mixed, and with how many times its learning rate. p = 0: not at all."""
+    """How one tensor is mixed, and with how many times its learning rate.
 
-    p: float
+    d is the density that is drawn, m / N, None for a tensor that is not mixed.
+    """
+
+    d: float | None
     lam: float
     rate: float = 1.0
 
@@ -59,7 +38,7 @@ class Reference:
     Args:
         weights: the pretrained weights.
         make_base: builds the base optimizer on the trained tensors.
-        mixes: p and lam of each tensor; lam may be changed while training.
+        mixes: d and lam of each tensor; lam may be changed while training.
         draw: the masks of the episode that begins, one for each tensor.
         k: resampling period, None for one episode without end.
         warmup: steps of an episode over which the learning rate of mixed tensors rises to its full
@@ -77,23 +56,25 @@ class Reference:
         warmup: int,
         persistent: bool,
         rescale: bool,
-        carry_state: bool,
     ) -> None:
         self.make_base, self.mixes, self.draw = make_base, mixes, draw
         self.k, self.warmup = k, warmup
-        self.persistent, self.rescale, self.carry_state = persistent, rescale, carry_state
+        self.persistent, self.rescale = persistent, rescale
         contiguous = torch.contiguous_format
         self.A = [weight.detach().clone(memory_format=contiguous) for weight in weights]
         self.phi = [nn.Parameter(a.clone()) for a in self.A]
         self.base = make_base(self.phi)
         self.M = draw()
         self.steps_in_episode = 0
+        # A tensor that was never trained sits at its anchor, whatever somebody writes into it.
+        self.is_trained = [False for _ in weights]
 
     def is_mixed(self, i: int) -> bool:
-        return self.mixes[i].p > 0 and self.A[i].numel() > 0
+        return self.mixes[i].d is not None and self.A[i].numel() > 0
 
     def s(self, i: int) -> float:
-        return 1 / (1 - self.mixes[i].p) if self.rescale else 1.0
+        d = self.mixes[i].d
+        return 1 / d if self.rescale and d is not None else 1.0
 
     @property
     def theta(self) -> list[Tensor]:
@@ -117,7 +98,7 @@ class Reference:
                 for i, phi in enumerate(self.phi)
             ]
         return [
-            A + (1 - mix.p) * self.s(i) * (U.detach() - A) if self.is_mixed(i) else U.detach()
+            A + mix.d * self.s(i) * (U.detach() - A) if self.is_mixed(i) else U.detach()
             for i, (A, U, mix) in enumerate(zip(self.A, self.phi, self.mixes, strict=True))
         ]
 
@@ -135,6 +116,7 @@ class Reference:
             loss, gradients = evaluate(self.theta)
             for i, (phi, gradient) in enumerate(zip(self.phi, gradients, strict=True)):
                 phi.grad = gradient
+                self.is_trained[i] = self.is_trained[i] or gradient is not None
                 if gradient is not None and self.is_mixed(i):
                     zero = torch.zeros_like(gradient)
                     phi.grad = torch.where(self.M[i], self.s(i) * gradient, zero)
@@ -162,7 +144,7 @@ class Reference:
     def resample(self) -> None:
         for i in filter(self.is_mixed, range(len(self.A))):
             self.A[i] = self.moved_anchor(i)
-        self._begin_episode(self.carry_state)
+        self._begin_episode()
 
     def resync(self, weights: list[Tensor]) -> None:
         """Take other weights as pretrained."""
@@ -170,7 +152,22 @@ class Reference:
             for i, weight in enumerate(weights):
                 self.A[i] = weight.detach().clone()
                 self.phi[i].copy_(weight)
-        self._begin_episode(carry_state=False)
+        self._begin_episode()
+
+    def write(self, i: int, weight: Tensor) -> None:
+        """Somebody writes into the model: where it no longer holds theta, it holds the truth."""
+        theta, s, A, M = self.theta[i], self.s(i), self.A[i], self.M[i]  # noqa: N806
+        with torch.no_grad():
+            if not self.is_mixed(i):
+                self.phi[i].copy_(weight)
+            elif not self.is_trained[i]:
+                self.A[i] = weight.clone()
+                self.phi[i].copy_(weight)
+            else:
+                written = torch.where(weight != theta, A + (weight - A) / s, self.phi[i])
+                off_s = self.phi[i] if self.persistent else weight
+                self.phi[i].copy_(torch.where(M, written, off_s))
+                self.A[i] = torch.where(M, A, weight)
 
     def consolidate(self) -> list[Tensor]:
         """The weights that are left in the model."""
@@ -178,48 +175,27 @@ class Reference:
             self.resample()
         return self.deployed
 
-    def _begin_episode(self, carry_state: bool) -> None:
-        old, self.M = self.M, self.draw()
+    def _begin_episode(self) -> None:
+        self.M = self.draw()
         self.steps_in_episode = 0
         if self.persistent:
             return
         self._put_back([torch.ones_like(M) for M in self.M])
         if any(map(self.is_mixed, range(len(self.A)))):
-            self._renew_base([was & now for was, now in zip(old, self.M, strict=True)], carry_state)
+            self._renew_base()
 
     def _put_back(self, where: list[Tensor]) -> None:
         with torch.no_grad():
             for i in filter(self.is_mixed, range(len(self.A))):
                 self.phi[i].copy_(torch.where(where[i], self.A[i], self.phi[i]))
 
-    def _renew_base(self, stay: list[Tensor], carry_state: bool) -> None:
-        """A fresh base with the old one's hyperparameters.
-
-        It gets the old one's state of what does not start anew.
-        """
+    def _renew_base(self) -> None:
+        """A fresh base with the old one's hyperparameters, and its state of what is not mixed."""
         old, self.base = self.base, self.make_base(self.phi)
         for group, old_group in zip(self.base.param_groups, old.param_groups, strict=True):
             group.update({key: value for key, value in old_group.items() if key != "params"})
         if isinstance(old, LBFGS):
             return  # one history for all weights together
-        places = {phi: i for i, phi in enumerate(self.phi)}
-        for group in self.base.param_groups:
-            for phi in group["params"]:
-                state, i = old.state.get(phi), places[phi]
-                if state and not self.is_mixed(i):
-                    self.base.state[phi] = state
-                elif state and carry_state and state.keys() <= PER_WEIGHT | COUNTERS:
-                    self.base.state[phi] = {
-                        name: _carried(
-                            value,
-                            stay[i],
-                            {**group, "lr": self._warmed_lr(group)}.get(FRESH.get(name), 0.0),
-                        )
-                        if name in PER_WEIGHT
-                        else value
-                        for name, value in state.items()
-                    }
-
-
-def _carried(value: Tensor | None, stay: Tensor, fresh: float) -> Tensor | None:
-    return value if value is None else torch.where(stay, value, torch.full_like(value, fresh))
+        for i, phi in enumerate(self.phi):
+            if old.state.get(phi) and not self.is_mixed(i):
+                self.base.state[phi] = old.state[phi]

@@ -76,6 +76,8 @@ class Scenario:
         lr_decay: factor of the learning rate in every step.
         new_decay: lam of all groups from the third step on, None for no change.
         poison: (step, NaN or inf) put into every third gradient value.
+        writes: (step, tensor) where somebody writes into the model before the step.
+        through_data: whether they write to ``.data``, which autograd does not see.
     """
 
     case: Case
@@ -91,6 +93,8 @@ class Scenario:
     lr_decay: float = 1.0
     new_decay: float | None = None
     poison: tuple[int, float] | None = None
+    writes: frozenset[tuple[int, int]] = frozenset()
+    through_data: bool = False
 
     def with_settings(self, **settings: Any) -> Scenario:
         return replace(self, settings={**self.settings, **settings})
@@ -117,7 +121,6 @@ def scenarios(
     residuals: tuple[str, ...] = ("episodic", "persistent"),
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
     mask_probs: tuple[float, ...] = (0.5, 0.1, 0.75, 0.9, 0.97, 0.0),
-    carry_state: tuple[bool, ...] = (False, True),
 ) -> Scenario:
     """Any scenario that ``case`` can run."""
     flags = st.booleans()
@@ -168,12 +171,11 @@ def scenarios(
             anchor_decay=draw(decays),
             residual=draw(st.sampled_from(residuals)),
             rescale=draw(flags),
-            lr_scale=None if case.closure else draw(st.sampled_from([None, 1.0, 0.5, 3.0])),
-            episode_warmup=None if case.closure else draw(st.sampled_from([None, 0, 2, 5])),
+            lr_scale="auto" if case.closure else draw(st.sampled_from(["auto", 1.0, 0.5, 3.0])),
+            episode_warmup="auto" if case.closure else draw(st.sampled_from(["auto", 0, 2, 5])),
             granularity=draw(granularities),
             sampler=draw(st.sampled_from(["stratified", "bernoulli"])),
             layout=layout,
-            carry_state=draw(st.sampled_from(carry_state)),
             seed=draw(st.integers(0, 2**63 - 1)),
         ),
         steps=steps,
@@ -187,7 +189,31 @@ def scenarios(
     )
 
 
+@st.composite
+def written_to(draw: st.DrawFn, scenario: Scenario) -> Scenario:
+    """The scenario with somebody who writes into the model between steps, in a way that can be seen."""
+    steps, tensors = st.integers(0, scenario.steps - 1), st.integers(0, len(scenario.specs) - 1)
+    writes = draw(st.frozensets(st.tuples(steps, tensors), min_size=1, max_size=5))
+    through_data = not scenario.settings["rescale"] and draw(st.booleans())
+    return replace(scenario, writes=writes, through_data=through_data)
+
+
 # Trials
+
+
+def drawn_density(
+    shape: tuple[int, ...], granularity: str | int, sampler: str, p: float
+) -> float | None:
+    """m / N of a tensor, 1 - p where the number of active cells varies; None where p = 0."""
+    numel = torch.Size(shape).numel()
+    if p == 0 or numel == 0:
+        return None
+    if granularity == "row":
+        cells = shape[0] if shape else 1
+    else:
+        width = 1 if granularity == "element" or numel % granularity else granularity
+        cells = numel // width
+    return 1 - p if sampler == "bernoulli" else max(1, round((1 - p) * cells)) / cells
 
 
 class Trial:
@@ -233,7 +259,7 @@ class Trial:
 
     @property
     def mixes(self) -> list[Mix]:
-        """p and lam of each tensor, from the scenario alone."""
+        """d and lam of each tensor, from the scenario alone."""
         settings = self.scenario.settings
         mixes = []
         for specs, own in self.scenario.groups:
@@ -241,17 +267,19 @@ class Trial:
                 excluded = settings["exclude"] and spec.name.startswith("head")
                 p = 0.0 if excluded else own.get("mask_prob", settings["mask_prob"])
                 lam = own.get("anchor_decay", settings["anchor_decay"])
-                mixes.append(Mix(p, lam, self._rate(p)))
+                granularity = own.get("granularity", settings["granularity"])
+                d = drawn_density(spec.shape, granularity, settings["sampler"], p)
+                mixes.append(Mix(d, lam, self._rate(d)))
         return mixes
 
-    def _rate(self, p: float) -> float:
+    def _rate(self, d: float | None) -> float:
         settings = self.scenario.settings
-        if p == 0 or self.scenario.case.name == "LBFGS":
+        if d is None or self.scenario.case.name == "LBFGS":
             return 1.0
-        if settings["lr_scale"] is not None:
+        if settings["lr_scale"] != "auto":
             return settings["lr_scale"]
         as_large = settings["rescale"] or settings["residual"] == "persistent"
-        average = 1.0 if as_large else 1 / (1 - p)
+        average = 1.0 if as_large else 1 / d
         k, w = settings["resample_every"], self.warmup
         if k is None or w == 0:
             return average
@@ -262,7 +290,7 @@ class Trial:
     def warmup(self) -> int:
         """Steps over which an episode's learning rate rises, from the scenario alone."""
         settings = self.scenario.settings
-        if settings["episode_warmup"] is not None:
+        if settings["episode_warmup"] != "auto":
             return settings["episode_warmup"]
         kind = self.scenario.case.make
         stays = settings["residual"] == "persistent" or kind in (LBFGS, Rprop, ASGD)
@@ -277,7 +305,9 @@ class Trial:
         return [self.mixes[i] for i in self._mixed_places()]
 
     def _mixed_places(self) -> list[int]:
-        return [i for i, mix in enumerate(self.mixes) if mix.p and self.params[i].numel()]
+        return [
+            i for i, mix in enumerate(self.mixes) if mix.d is not None and self.params[i].numel()
+        ]
 
     def masks(self) -> list[Tensor]:
         return [self.optimizer.active_mask(param) for param in self.params]
@@ -294,7 +324,6 @@ class Trial:
             warmup=self.warmup,
             persistent=settings["residual"] == "persistent",
             rescale=settings["rescale"],
-            carry_state=settings["carry_state"],
         )
 
     def live(self) -> list[Tensor]:
@@ -352,9 +381,25 @@ class Trial:
             param.grad = gradient
         return loss
 
+    def written(self, i: int, weight: Tensor) -> Tensor:
+        """What somebody makes of a weight in this step: half of its elements are others."""
+        generator = torch.Generator().manual_seed(1000 * self.time + i)
+        changes = torch.rand(weight.shape, generator=generator) < 0.5
+        return torch.where(changes, 0.5 * weight.detach() + 0.1, weight.detach())
+
+    def write(self, reference: Reference | None) -> None:
+        for time, i in sorted(self.scenario.writes):
+            if time == self.time:
+                param = self.params[i]
+                into = param.data if self.scenario.through_data else param.detach()
+                into.copy_(self.written(i, param))
+                if reference is not None:
+                    reference.write(i, self.written(i, reference.theta[i]))
+
     def step(self, reference: Reference | None = None) -> None:
         """One step of the wrapper, and of the reference beside it."""
         optimizer = self.optimizer
+        self.write(reference)
         self.begin_step(optimizer)
         own = [group["anchor_decay"] for group in optimizer.param_groups]
         for group, lam in zip(optimizer.param_groups, own, strict=True):

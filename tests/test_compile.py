@@ -81,7 +81,7 @@ def test_compiled_equals_eager_and_compiles_once(case: Case) -> None:
 
 def test_settings_compiled() -> None:
     case = next(case for case in ELEMENTWISE if case.name == "AdamW")
-    settings = dict(rescale=True, carry_state=True, anchor_decay=0.5)
+    settings = dict(rescale=True, anchor_decay=0.5)
     eager, _, _ = run(case, compile=False, **settings)
     compiled, optimizer, graphs = run(case, compile=True, **settings)
     assert graphs[3:] == [graphs[3]] * len(graphs[3:])
@@ -278,11 +278,13 @@ def test_hooks_of_the_base_see_packed_gradients() -> None:
     optimizer = adamw(params, True)
     shapes = []
     optimizer.base.register_step_pre_hook(
-        lambda base, *_: shapes.append([p.grad.shape for p in base.param_groups[0]["params"]])
+        lambda base, *_: shapes.append(
+            sorted(tuple(p.grad.shape) for group in base.param_groups for p in group["params"])
+        )
     )
     take_steps(params, optimizer, 2)
-    active = [(int(optimizer.active_mask(param).sum()),) for param in params]
-    assert [list(map(tuple, step)) for step in shapes] == [active, active]
+    active = sorted((int(optimizer.active_mask(param).sum()),) for param in params)
+    assert shapes == [active, active]
 
 
 def test_wide_cells_step_eagerly_on_a_cpu() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -505,36 +505,6 @@ def test_resync_takes_the_weights_in_the_model_as_anchor(data: st.DataObject) ->
     assert same_bits(trial.params, loaded)
     with trial.optimizer.eval_weights():
         assert same_bits(trial.params, loaded)
-
-
-@MORE_EXAMPLES
-@given(st.data())
-def test_the_report_counts_inactive_weights_changed_from_outside(data: st.DataObject) -> None:
-    """inactive_differing: exactly those in the dense layouts.
-
-    None or 0 in the packed one; 0 after resync.
-    """
-    scenario = data.draw(runs(mask_probs=MIXED))
-    scenario = replace(scenario, missing=frozenset(), frozen=None)
-    trial = advance(Trial(scenario), data.draw(st.integers(1, scenario.steps)))
-    optimizer = trial.optimizer
-
-    def counts() -> list[int | None]:
-        return [tensor.inactive_differing for tensor in optimizer.report().tensors if tensor.mixed]
-
-    assume(trial.mixed)
-    assert not any(counts())
-    touched = []
-    with torch.no_grad():
-        for param in trial.mixed:
-            change = torch.rand_like(param) < 0.5
-            param.add_(change)
-            touched.append(int((change & ~optimizer.active_mask(param)).sum()))
-    for count, expected in zip(counts(), touched, strict=True):
-        known = optimizer.report().layout == "dense"
-        assert count == expected if known else not count
-    optimizer.resync()
-    assert not any(counts())
 
 
 def test_bits_tell_zeros_apart_and_find_nan_equal() -> None:

@@ -54,33 +54,59 @@ def test_is_a_larger_learning_rate(case: Case, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_by_default_follows_from_mask_prob(layout: str) -> None:
-    """1 / (1 - p) in each group; with the persistent residual or rescaling 1."""
-    cases = [(0.75, 4.0), (0.9, 1 / (1 - 0.9)), (0.0, 1.0)]
-    for settings in (LAYOUTS[layout], dict(LAYOUTS[layout], rescale=True)):
-        models = []
-        for given in (False, True):
-            model = nn.Sequential(*[small_model(seed=seed) for seed in range(len(cases))])
-            groups = [
-                {"params": list(part.parameters()), "mask_prob": p}
-                for part, (p, _) in zip(model, cases, strict=True)
-            ]
-            if given and settings == LAYOUTS[layout] and layout != "persistent":
-                for group, (_, scale) in zip(groups, cases, strict=True):
-                    group["lr"] = 0.01 * scale
-            base = torch.optim.AdamW(groups, lr=0.01)
-            options = dict(settings, lr_scale=1.0) if given else settings
-            optimizer = GMixoutOptimizer(base, resample_every=2, episode_warmup=0, **options)
-            for step in range(5):
-                for part, seed in zip(model, range(len(cases)), strict=True):
-                    generator = torch.Generator().manual_seed(10 * step + seed)
-                    for param in part.parameters():
-                        param.grad = torch.randn(
-                            param.shape, generator=generator, dtype=param.dtype
-                        )
-                optimizer.step()
-            models.append(weights(model))
-        assert_equal(*models)
+def test_by_default_follows_from_the_drawn_density(layout: str) -> None:
+    """N / m of each tensor; with the persistent residual or rescaling 1."""
+    shapes = [(8, 6), (3,), (2,), (), (7, 5)]
+    drawn = {0.75: [12, 1, 1, 1, 9], 0.9: [5, 1, 1, 1, 3]}
+    plain = {"lr_scale": 1.0}
+    for p, counts in drawn.items():
+        for settings in (LAYOUTS[layout], dict(LAYOUTS[layout], rescale=True)):
+            scaled = settings == LAYOUTS[layout] and layout != "persistent"
+            runs = []
+            for options in ({}, plain):
+                params = [nn.Parameter(torch.full(shape, 0.7).double()) for shape in shapes]
+                rates = [
+                    0.01 / (m / param.numel()) if options and scaled else 0.01
+                    for m, param in zip(counts, params, strict=True)
+                ]
+                groups = [
+                    {"params": [param], "lr": lr} for param, lr in zip(params, rates, strict=True)
+                ]
+                groups.append({"params": [nn.Parameter(torch.ones(4).double())], "mask_prob": 0.0})
+                optimizer = GMixoutOptimizer(
+                    torch.optim.AdamW(groups, lr=0.01),
+                    mask_prob=p,
+                    resample_every=2,
+                    episode_warmup=0,
+                    **settings,
+                    **options,
+                )
+                params.append(groups[-1]["params"][0])
+                for step in range(5):
+                    for number, param in enumerate(params):
+                        param.grad = torch.full_like(param, 1.0 + number - step)
+                    optimizer.step()
+                runs.append([param.detach() for param in params])
+            torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+def test_a_weight_goes_as_far_as_under_the_bare_optimizer_whatever_its_tensors_size(
+    layout: str,
+) -> None:
+    """Over many episodes that keep all they learned, with a gradient that never changes."""
+    for shape in ((), (2,), (7,), (300,)):
+        bare_param, param = (nn.Parameter(torch.full(shape, 4.6)) for _ in range(2))
+        bare = torch.optim.AdamW([bare_param], lr=1e-3, weight_decay=0)
+        base = torch.optim.AdamW([param], lr=1e-3, weight_decay=0)
+        optimizer = GMixoutOptimizer(base, anchor_decay=0.0, layout=layout)
+        for _ in range(800):
+            for each, by in ((bare_param, bare), (param, optimizer)):
+                each.grad = torch.ones_like(each)
+                by.step()
+        optimizer.consolidate()
+        far, ours = (float((4.6 - each).detach().mean()) for each in (bare_param, param))
+        assert ours == pytest.approx(far, rel=0.02), shape
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -148,7 +174,7 @@ def test_a_base_that_changes_its_rate_in_a_step_goes_on_from_it(mask_prob: float
     read: list[float] = []
     model = small_model()
     wrapped = GMixoutOptimizer(
-        Halving(model.parameters(), lr=0.1), mask_prob=mask_prob, episode_warmup=0
+        Halving([model.body.weight], lr=0.1), mask_prob=mask_prob, episode_warmup=0
     )
     train(model, wrapped, range(4))
     assert read == [0.1 / (1 - mask_prob) / 2**step for step in range(4)]

@@ -60,6 +60,8 @@ def test_mixout_equals_its_functional_form(rescale: bool, p: float, k: int, base
     params = dict(model.named_parameters())
     anchor = {name: param.detach().clone() for name, param in params.items()}
     learned = {name: a.clone().requires_grad_() for name, a in anchor.items()}
+    cells = {name: param.numel() for name, param in params.items()}
+    drawn = {name: 1 - max(1, round((1 - p) * n)) / n for name, n in cells.items()}
     settings = {
         **({} if rescale else {"rescale": False}),
         **({} if k == 1 else {"resample_every": k}),
@@ -69,7 +71,9 @@ def test_mixout_equals_its_functional_form(rescale: bool, p: float, k: int, base
     formula = mixout_weight if rescale else unscaled_weight
 
     def theta(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: formula(U, anchor[name], ~masks[name], p) for name, U in learned.items()}
+        return {
+            name: formula(U, anchor[name], ~masks[name], drawn[name]) for name, U in learned.items()
+        }
 
     seen = set()
     for step in range(STEPS):
@@ -93,24 +97,21 @@ def test_mixout_equals_its_functional_form(rescale: bool, p: float, k: int, base
         assert all(torch.equal(optimizer.anchor(params[name]), a) for name, a in anchor.items())
     assert len(seen) == -(-STEPS // k), "a mask for each episode, and no two alike"
 
-    share = 1.0 if rescale else 1 - p
     optimizer.consolidate()
     for name, a in anchor.items():
+        share = 1.0 if rescale else 1 - drawn[name]
         mean = a + share * (learned[name].detach() - a)
         torch.testing.assert_close(params[name].detach(), mean, rtol=1e-8, atol=1e-9)
 
 
 # Invariant 11: the mean over masks is what is deployed
 
-SHAPES = [(20,), (4, 5, 2, 2)]
+SHAPES = [(20,), (4, 5, 2, 2), (7,), ()]
 EPISODES = 400
 
 
 def learned_tensors(p: float, rescale: bool, sampler: str) -> tuple[list[Tensor], GMixoutOptimizer]:
-    """Tensors whose cells p divides into whole numbers, with U away from A.
-
-    A stratified set has round((1 - p) * cells) cells: in other tensors the share of active cells is not 1 - p.
-    """
+    """Tensors with U away from A; of those of 7 cells and of one the share that is drawn is not 1 - p."""
     torch.manual_seed(1)
     params: list[Tensor] = [nn.Parameter(torch.randn(shape).double()) for shape in SHAPES]
     optimizer = GMixoutOptimizer.mixout(SGD(params, lr=1.0), p, rescale=rescale, sampler=sampler)
@@ -129,9 +130,10 @@ def test_invariant_11_the_mean_over_masks_is_deployed(
 ) -> None:
     """Monte Carlo over redraws that change nothing else, each weight to within 6 standard errors.
 
-    A weight is active in a share 1 - p of the episodes, independently; its mean over N episodes has the standard
-    error s * |U - A| * sqrt(p * (1 - p) / N). Of 100 weights one falls outside by chance in less than one of 10**5
-    runs, and the seed is fixed. Over the actual masks the mean is exact: it is linear in the mask.
+    A weight is active in a share d of the episodes, independently; its mean over N episodes has the
+    standard error s * |U - A| * sqrt(d * (1 - d) / N). Of 100 weights one falls outside by chance in
+    less than one of 10**5 runs, and the seed is fixed. Over the actual masks the mean is exact: it is
+    linear in the mask.
     """
     params, optimizer = learned_tensors(p, rescale, sampler)
     with optimizer.eval_weights():
@@ -146,8 +148,10 @@ def test_invariant_11_the_mean_over_masks_is_deployed(
                 total += param
                 count += optimizer.active_mask(param)
     for total, count, anchor, mean in zip(shown, active, anchors, deployed, strict=True):
-        away = (mean - anchor) / (1 - p)  # s * (U - A)
-        error = away.abs() * (p * (1 - p) / EPISODES) ** 0.5
+        n = mean.numel()
+        d = 1 - p if sampler == "bernoulli" else max(1, round((1 - p) * n)) / n
+        away = (mean - anchor) / d  # s * (U - A)
+        error = away.abs() * (d * (1 - d) / EPISODES) ** 0.5
         assert ((total / EPISODES - mean).abs() <= 6 * error + 1e-12).all()
         torch.testing.assert_close(total / EPISODES, anchor + count / EPISODES * away)
     if rescale:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from gmixout_optim import GMixoutOptimizer
 from tests.optimizers import CASES, DENSE_GRADIENTS, ELEMENTWISE, Case
 from tests.reference import Mix, Reference
-from tests.scenarios import MEMORIES, Scenario, TensorSpec, Trial, same_bits, scenarios
+from tests.scenarios import (
+    MEMORIES,
+    Scenario,
+    TensorSpec,
+    Trial,
+    same_bits,
+    scenarios,
+    written_to,
+)
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-9, atol=1e-10),
@@ -89,10 +97,23 @@ def test_wrapper_equals_reference(case: Case, data: st.DataObject) -> None:
     check_whole_run(scenario, data.draw(st.dictionaries(steps, calls, max_size=2)))
 
 
+@pytest.mark.filterwarnings("ignore:weights of")
+@pytest.mark.parametrize("case", DENSE_GRADIENTS, ids=repr)
+@given(data=st.data())
+def test_the_next_step_works_on_what_somebody_wrote_into_the_model(
+    case: Case, data: st.DataObject
+) -> None:
+    """On and off the active cells, through ``.data`` too where nothing is kept of the weights."""
+    check_whole_run(data.draw(written_to(data.draw(scenarios(case)))))
+
+
+@pytest.mark.filterwarnings("ignore:weights of")
 @pytest.mark.parametrize("case", ELEMENTWISE, ids=repr)
 @given(data=st.data())
 def test_invariant_6_packed_equals_dense(case: Case, data: st.DataObject) -> None:
     scenario = data.draw(scenarios(case, layouts=("packed",), residuals=("episodic",)))
+    if data.draw(st.booleans()):
+        scenario = data.draw(written_to(scenario))
     packed, dense = Trial(scenario), Trial(scenario.with_settings(layout="dense"))
     for step, _ in zip(packed.run(), dense.run(), strict=True):
         assert_close(packed.params, dense.params, f"after step {step}: live weights")
@@ -167,9 +188,10 @@ def run_on(case: Case, shapes: list[tuple[int, ...]], steps: int = 6, **changes:
         anchor_decay=0.5,
         residual="episodic",
         rescale=False,
-        lr_scale=None if case.closure else 3.0,
-        episode_warmup=None,
-        carry_state=False,
+        granularity="element",
+        sampler="stratified",
+        lr_scale="auto" if case.closure else 3.0,
+        episode_warmup="auto",
     )
     settings.update({key: value for key, value in changes.items() if key not in own})
     head = "head" if settings["exclude"] else "body"
@@ -199,12 +221,6 @@ def test_state_that_starts_at_the_learning_rate_starts_at_the_scheduled_one(
     run_on(BY_NAME[name], [(6, 8)], layout=layout, lr_decay=0.5)
 
 
-@pytest.mark.parametrize("layout", ["packed", "dense"])
-@pytest.mark.parametrize("name", ["ASGD", "Rprop"])
-def test_cells_that_join_a_carried_state_start_at_the_scaled_rate(name: str, layout: str) -> None:
-    run_on(BY_NAME[name], [(6, 8)], layout=layout, carry_state=True, resample_every=1)
-
-
 def test_lbfgs_starts_anew_whichever_parameter_comes_first() -> None:
     """Its history is kept under the first parameter, here one that is not mixed."""
     run_on(BY_NAME["LBFGS"], [(3, 4), (6, 8)], exclude="head.*")
@@ -214,7 +230,7 @@ def test_lbfgs_starts_anew_whichever_parameter_comes_first() -> None:
 def test_factored_moments_start_anew_where_a_factor_has_the_shape_of_the_tensor(
     shape: tuple[int, int],
 ) -> None:
-    run_on(BY_NAME["Adafactor"], [shape], carry_state=True)
+    run_on(BY_NAME["Adafactor"], [shape])
 
 
 LAYOUTS = ["packed", "dense", "persistent"]
@@ -254,13 +270,12 @@ def test_a_tied_parameter_is_one_parameter(layout: str) -> None:
     reference = Reference(
         [weight],
         lambda tensors: torch.optim.AdamW(tensors, lr=0.1),
-        [Mix(0.6, 0.5)],
+        [Mix(26 / 66, 0.5)],
         lambda: [optimizer.active_mask(weight)],
         k=3,
         warmup=0 if layout == "persistent" else 3,
         persistent=layout == "persistent",
         rescale=True,
-        carry_state=False,
     )
     for _ in range(10):
         optimizer.zero_grad()

@@ -185,17 +185,15 @@ def test_the_invariants_hold_in_low_precision(case: Case, data: st.DataObject) -
         resumed.load_state_dict(saved[1])
         resumed.train()
         assert_equal(live, [param.detach() for param in resumed_params])
-        assert all(not tensor.active_differing for tensor in optimizer.report().tensors)
-        slots = [optimizer.slot_of(param) for param in params]
-        values = [slot and slot.value.double() for slot in slots]
-        before = [slot and slot.anchor.double() for slot in slots]
+        kept = [optimizer.state.get(param, {}).get("gmixout") for param in params]
+        before = [None if slot is None else slot["anchor"].double() for slot in kept]
         optimizer.resample()
-        for param, mask, value, anchor, now, deployed in zip(
-            params, masks, values, before, live, shown, strict=True
+        for param, mask, anchor, now, deployed in zip(
+            params, masks, before, live, shown, strict=True
         ):
             moved = param.detach()
             assert_equal(moved, deployed)
-            if value is None or not now.isfinite().all() or not moved.isfinite().all():
+            if anchor is None or not now.isfinite().all() or not moved.isfinite().all():
                 continue
             if decay == 1:
                 assert_equal(moved[mask].double(), anchor)
@@ -251,7 +249,6 @@ def test_the_memory_format_does_not_matter(shape: tuple[int, ...]) -> None:
         take_steps(params, optimizer, range(2))
         if before != after:
             params[0].data = params[0].data.to(memory_format=torch.channels_last)
-            assert optimizer.report().tensors[0].active_differing == 0
         take_steps(params, optimizer, range(2, 7))
         runs.append(params[0].detach().contiguous())
     assert_equal(runs[0], runs[1])

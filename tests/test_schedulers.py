@@ -127,12 +127,14 @@ def test_a_schedule_resumes(kind: str) -> None:
 
 def test_a_cycled_momentum_is_stepped_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is slow because an option changes would not be seen in any result."""
-    from gmixout_optim.batched import BatchedStep
+    from gmixout_optim import packed
 
     stepped = []
-    step = BatchedStep.step
+    step = packed.step_in_batches
     monkeypatch.setattr(
-        BatchedStep, "step", lambda self, rows: (stepped.append(len(rows)), step(self, rows))[1]
+        packed,
+        "step_in_batches",
+        lambda base, members: (stepped.append(len(members)), step(base, members))[1],
     )
     param = torch.nn.Parameter(torch.randn(30))
     optimizer = GMixoutOptimizer(torch.optim.AdamW([param]))

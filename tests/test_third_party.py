@@ -89,13 +89,12 @@ def resumes(make: Make, width: int, **settings: Any) -> GMixoutOptimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("carry_state", [False, True])
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_packed_where_the_user_says_so_equals_dense(name: str, carry_state: bool) -> None:
+def test_packed_where_the_user_says_so_equals_dense(name: str) -> None:
     """Unknown optimizers are dense by default; both layouts train the same."""
     packed_model, dense_model = model_of(16), model_of(16)
-    packed = wrap(packed_model, ELEMENTWISE[name], layout="packed", carry_state=carry_state)
-    dense = wrap(dense_model, ELEMENTWISE[name], carry_state=carry_state)
+    packed = wrap(packed_model, ELEMENTWISE[name], layout="packed")
+    dense = wrap(dense_model, ELEMENTWISE[name])
     assert (packed.report().layout, dense.report().layout) == ("packed", "dense")
     steps(packed_model, packed, range(8))
     steps(dense_model, dense, range(8))
@@ -138,10 +137,10 @@ def test_quantised_state_on_active_cells_multiplies_the_savings() -> None:
     assert both < 0.04 * adamw
 
 
-def test_quantised_state_is_made_anew_at_a_redraw_also_where_it_should_be_carried() -> None:
+def test_quantised_state_is_created_anew_at_a_redraw() -> None:
     model = model_of(WIDTH)
     make = QUANTISED["torchao.AdamW8bit"]
-    optimizer = wrap(model, make, layout="packed", carry_state=True, granularity=BLOCK)
+    optimizer = wrap(model, make, layout="packed", granularity=BLOCK)
     steps(model, optimizer, range(4))
     assert int(optimizer.state[model[0].weight]["step"]) == 1
 

@@ -178,7 +178,6 @@ SWEEPS: dict[str, list[Settings]] = {
     ],
     "sudden variants": [
         {**SUDDEN, "rescale": True, "anchor_decay": 0.0},
-        {**SUDDEN, "carry_state": True},
         {**SUDDEN, "sampler": "bernoulli"},
         {**SUDDEN, "granularity": "row"},
         {**SUDDEN, "granularity": 16},

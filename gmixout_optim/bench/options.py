@@ -14,7 +14,7 @@ from gmixout_optim.bench.machine import free_bytes
 from gmixout_optim.bench.models import MODELS, find_model
 from gmixout_optim.bench.speed import bytes_needed
 from gmixout_optim.bench.subject import Setting, Subject
-from gmixout_optim.mixed_tensor import Granularity
+from gmixout_optim.cells import Granularity
 from gmixout_optim.settings import check_granularity
 
 PROGRAM = "python -m gmixout_optim.bench"

@@ -22,7 +22,6 @@ from gmixout_optim.bench.models import shapes_of
 from gmixout_optim.bench.subject import Setting, Subject
 from gmixout_optim.bench.timing import Cost, Spread, Turn, copy_bandwidth, count_kernels, take_turns
 from gmixout_optim.bench.traffic import step_traffic
-from gmixout_optim.packed import master_dtype
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,9 @@ def bytes_needed(subject: Subject, settings: Sequence[Setting]) -> int:
     plain = size * (2 + states)
     # A packed weight has an index, a value and an anchor besides its state.
     ours = max(
-        2 * size + setting.density * (12 + master_dtype(subject.dtype).itemsize * states)
+        2 * size
+        + setting.density
+        * (12 + torch.promote_types(subject.dtype, torch.float32).itemsize * states)
         for setting in settings
     )
     weights = sum(shape.numel() for shape in shapes_of(subject.model))

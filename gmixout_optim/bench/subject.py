@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench.bases import BASES, arguments_of, fastest_form, make_base
-from gmixout_optim.mixed_tensor import Granularity
+from gmixout_optim.cells import Granularity
 from gmixout_optim.settings import GradLayout
 
 

@@ -13,9 +13,9 @@ from gmixout_optim.bench.bytes import kept_gradient
 def step_traffic(optimizer: Optimizer) -> int:
     """Bytes of one step, each tensor moved once; of an optimizer that has stepped, its gradients in place.
 
-    What the base trains (the weights, or the packed values) and its state are read and written, its gradients read.
-    Packed, indices are read and active weights written besides. A processor moves whole cache lines, and so
-    more than this where single elements are gathered.
+    What the base trains and its state are read and written, its gradients read. Packed, indices are read
+    besides, and where values are kept apart from the weights, these are written. A processor moves whole
+    cache lines, and so more than this where single elements are gathered.
     """
     return sum(
         _traffic_of(optimizer, param)
@@ -25,12 +25,17 @@ def step_traffic(optimizer: Optimizer) -> int:
 
 
 def _traffic_of(optimizer: Optimizer, param: Tensor) -> int:
-    slot = optimizer.slot_of(param) if isinstance(optimizer, GMixoutOptimizer) else None
-    trained = param if slot is None else slot.value
-    state = optimizer.state[param]
-    changed = [trained, *(state[key] for key in per_cell_state(state, trained.shape))]
-    moved: int = 2 * sum(tensor.nbytes for tensor in changed)
-    moved += trained.numel() * kept_gradient(param).element_size()
-    if slot is not None:
-        moved += slot.index.nbytes + trained.numel() * param.element_size()
+    member = optimizer._members.get(param) if isinstance(optimizer, GMixoutOptimizer) else None
+    slot = None if member is None else member.slot
+    trained = param if slot is None else slot.anchor
+    count, state = trained.numel(), optimizer.state[param]
+    changed = sum(state[key].nbytes for key in per_cell_state(state, trained.shape))
+    if slot is None or slot.value is None:
+        changed += count * param.element_size()
+    else:
+        changed += slot.value.nbytes
+    moved: int = 2 * changed + count * kept_gradient(param).element_size()
+    if member is not None and slot is not None:
+        moved += member.index().nbytes
+        moved += 0 if slot.value is None else count * param.element_size()
     return moved

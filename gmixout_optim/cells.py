@@ -1,0 +1,259 @@
+"""A parameter seen as cells: which of them are active in an episode, where they lie, and back.
+
+The only module that knows shapes, strides and storage offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmixout_optim.index_sets import (
+    MAX_CELLS,
+    ROUNDING,
+    Number,
+    Sampler,
+    active_cells,
+    active_count,
+    episode_key,
+    stratified_cells,
+)
+from gmixout_optim.rounding import NARROW
+
+Granularity = Literal["element", "row"] | int
+
+# Device and strides of a parameter.
+Placement = tuple[torch.device, tuple[int, ...]]
+
+# Index sets of tensors with so few cells (biases, norms) are kept as int64: it takes little memory, and
+# torch's kernels want int64.
+_FEW_CELLS = 1 << 14
+
+
+class Grid(NamedTuple):
+    """The cells of a tensor, which is seen as (outer, cells, inner) and selected along the middle.
+
+    Elements have outer = inner = 1, blocks of b and rows outer = 1. Cells are numbered in row-major
+    order, and so are elements. *Packed* tensors hold the elements of some cells in the order
+    (outer, cell, inner), whatever the memory format.
+
+    Attributes:
+        shape, strides: the tensor's.
+        contiguous: whether the strides are those of row-major order.
+        outer, cells, inner: the view.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    contiguous: bool
+    outer: int
+    cells: int
+    inner: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, granularity: Granularity) -> Grid:
+        """The grid of a tensor; one that blocks do not divide falls back to elements."""
+        shape, numel = tensor.shape, tensor.numel()
+        if granularity == "row":
+            cells = shape[0] if shape else 1
+            inner = numel // max(1, cells)
+        else:
+            inner = 1 if granularity == "element" or numel % granularity else granularity
+            cells = numel // inner
+        return cls(tuple(shape), tensor.stride(), tensor.is_contiguous(), 1, cells, inner)
+
+    @property
+    def width(self) -> int:
+        """Elements in a cell."""
+        return self.outer * self.inner
+
+    def address(self, cell: Tensor) -> Tensor:
+        """Where cells lie in :meth:`view`: an index along its cells.
+
+        A contiguous tensor is indexed by cell. Any other is indexed by the storage offset of each
+        element.
+        """
+        if self.contiguous:
+            return cell.long() if self.width > 1 or self.cells <= _FEW_CELLS else cell
+        number = self._elements(cell)
+        offset = torch.zeros_like(number)
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            offset += number % size * stride
+            number = number // size
+        return offset if self._extent() > MAX_CELLS else offset.to(torch.int32)
+
+    def elements_at(self, index: Tensor) -> Tensor:
+        """The inverse of :meth:`address`: the numbers (int64) of the elements, packed."""
+        if self.contiguous:
+            return self._elements(index)
+        offset = index.long()
+        number = torch.zeros_like(offset)
+        dims = [dim for dim, size in enumerate(self.shape) if size > 1]
+        for dim in sorted(dims, key=lambda dim: -self.strides[dim]):
+            number = number + offset // self.strides[dim] * prod(self.shape[dim + 1 :])
+            offset = offset % self.strides[dim]
+        return number
+
+    def size_at(self, index: Tensor) -> int:
+        """How many elements an index of :meth:`address` addresses."""
+        return index.shape[0] * (self.width if self.contiguous else 1)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """A tensor of the grid's shape as the view that :meth:`address` indexes.
+
+        Of shape (cells,), (cells, inner) or (outer, cells, inner). Shares the tensor's memory where
+        the strides are the grid's; a gradient with other strides is copied.
+        """
+        if not self.contiguous:
+            if tensor.stride() != self.strides:
+                tensor = self.copy(tensor)
+            return tensor.as_strided((self._extent(),), (1,))
+        if self.outer > 1:
+            return tensor.reshape(self.outer, self.cells, self.inner)
+        return tensor.reshape(-1) if self.inner == 1 else tensor.reshape(self.cells, self.inner)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor of the grid's shape with the grid's strides."""
+        like = torch.empty_strided(
+            self.shape, self.strides, dtype=tensor.dtype, device=tensor.device
+        )
+        return like.copy_(tensor.detach())
+
+    def _elements(self, cell: Tensor) -> Tensor:
+        number = cell.long()
+        if self.inner > 1:
+            inside = torch.arange(self.inner, device=cell.device)
+            number = (number[:, None] * self.inner + inside).flatten()
+        if self.outer > 1:
+            start = torch.arange(self.outer, device=cell.device) * (self.cells * self.inner)
+            number = (start[:, None] + number).flatten()
+        return number
+
+    def _extent(self) -> int:
+        """Elements of storage from the tensor's first to its last."""
+        sizes = zip(self.shape, self.strides, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in sizes)
+
+
+class Dither(NamedTuple):
+    """The random bits that round a tensor's elements in an episode.
+
+    They are a function of the key and of an element's number, whatever the memory format.
+
+    Attributes:
+        key: of :func:`gmixout_optim.index_sets.random_bits`.
+        grid: the tensor's.
+    """
+
+    key: Number
+    grid: Grid
+
+
+class Cells:
+    """The cells of one parameter.
+
+    Args:
+        param: the model's own parameter. What is read and written is fetched from it at each call, so
+            it may move and, before it is trained, change its shape.
+        number: its number in the optimizer, which selects its random stream.
+        granularity: ``"element"``, ``"row"`` or a number of consecutive elements.
+        mask_prob: p.
+        sampler: how active cells are drawn.
+    """
+
+    def __init__(
+        self,
+        param: Tensor,
+        number: int,
+        granularity: Granularity,
+        mask_prob: float,
+        sampler: Sampler,
+    ) -> None:
+        self.param = param
+        self.number = number
+        self.granularity = granularity
+        self.mask_prob = mask_prob
+        self.sampler = sampler
+        self._grid = Grid.of(param, granularity)
+
+    @property
+    def grid(self) -> Grid:
+        shape, strides = self.param.shape, self.param.stride()
+        if self._grid.strides != strides or self._grid.shape != shape:
+            self._grid = Grid.of(self.param, self.granularity)
+        return self._grid
+
+    @property
+    def density(self) -> float:
+        """d: the share of cells that is drawn, m / N, which differs from 1 - p in small tensors."""
+        if self.sampler == "bernoulli":
+            return 1 - self.mask_prob
+        cells = self.grid.cells
+        return active_count(cells, 1 - self.mask_prob) / cells
+
+    @property
+    def fell_back_to_elements(self) -> bool:
+        return isinstance(self.granularity, int) and self.granularity != self.grid.width
+
+    @property
+    def local(self) -> Tensor:
+        """The weights, sharing the parameter's memory and version."""
+        return self.param.detach()
+
+    @property
+    def gradient(self) -> Tensor | None:
+        return self.param.grad
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every in-place change of the parameter, but for those in ``.data``."""
+        return 0 if self.param.is_inference() else self.param._version
+
+    @property
+    def placement(self) -> Placement:
+        return self.param.device, self.param.stride()
+
+    @property
+    def form(self) -> tuple[torch.dtype, torch.Size]:
+        return self.param.dtype, self.param.shape
+
+    def view(self) -> Tensor:
+        """The weights as :meth:`Grid.view`, sharing their memory."""
+        return self.grid.view(self.local)
+
+    def draw(
+        self, seed: int, episode: int, kernel: Callable[..., Tensor] = stratified_cells
+    ) -> Tensor:
+        """Where the cells that are active in ``episode`` lie, see :meth:`Grid.address`.
+
+        ``kernel`` is :func:`stratified_cells` or a compiled form of it.
+        """
+        grid = self.grid
+        cell = active_cells(
+            grid.cells,
+            1 - self.mask_prob,
+            seed=seed,
+            tensor=self.number,
+            episode=episode,
+            sampler=self.sampler,
+            device=self.param.device,
+            kernel=kernel,
+        )
+        return grid.address(cell)
+
+    def dither(self, seed: int, episode: int) -> Dither | None:
+        """The random bits of rounding to the parameter's dtype; None where nothing is rounded."""
+        if self.param.dtype not in NARROW:
+            return None
+        return Dither(episode_key(seed, self.number, episode, ROUNDING), self.grid)
+
+    def mask(self, index: Tensor) -> Tensor:
+        """What ``index`` addresses: bool, of the parameter's shape."""
+        grid = self.grid
+        mask = torch.zeros(prod(grid.shape), dtype=torch.bool, device=index.device)
+        mask[grid.elements_at(index)] = True
+        return mask.view(grid.shape)

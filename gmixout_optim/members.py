@@ -1,0 +1,255 @@
+"""The parameters that are mixed: which, under what names, and what each of them keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmixout_optim.cells import Cells, Dither, Placement
+from gmixout_optim.index_sets import MAX_CELLS
+from gmixout_optim.param_groups import matches
+from gmixout_optim.rates import Rates, scaled_group
+from gmixout_optim.settings import KEY, Run, check_anchor_decay, check_group_keys
+
+
+@dataclass(eq=False)
+class Slot:
+    """What one mixed tensor keeps in the running episode, from its first gradient on.
+
+    Attributes:
+        anchor: A, packed on the active cells; dense with the persistent residual.
+        value: what the base trains (phi, or U), where the model does not hold it: below float32, with
+            rescaling, and dense with the persistent residual. Else None.
+        placement, form: device and strides, dtype and shape of the parameter it was made for.
+        version: of the parameter when the library last wrote or read all of it; None where that is
+            not known, after loading, copying or moving.
+        written: whether somebody else wrote to the parameter in this episode.
+        live: the live weights on the active cells while the model shows those to deploy, else None.
+        is_trained: whether it was ever trained; not yet where it took over a state of the base.
+    """
+
+    anchor: Tensor
+    value: Tensor | None
+    placement: Placement
+    form: tuple[torch.dtype, torch.Size]
+    version: int | None = None
+    written: bool = False
+    live: Tensor | None = None
+    is_trained: bool = True
+
+
+@dataclass(eq=False)
+class Member:
+    """One mixed parameter.
+
+    Attributes:
+        cells: the parameter, seen as cells.
+        group: its parameter group, read for the live ``anchor_decay`` and learning rate.
+        name: its name; its number and shape where the base has no names.
+        run: of all members.
+        rates: of all members.
+        slot: what it keeps; None while it was never trained, and sits at its anchor.
+        packs_gradients: whether backward packs its gradients.
+    """
+
+    cells: Cells
+    group: dict[str, Any]
+    name: str
+    run: Run
+    rates: Rates
+    slot: Slot | None = None
+    packs_gradients: bool = False
+    _index: tuple[Any, Tensor] | None = None
+
+    @property
+    def param(self) -> Tensor:
+        return self.cells.param
+
+    @property
+    def scale(self) -> float:
+        """s = N / m with rescaling, else 1."""
+        return 1 / self.cells.density if self.run.rescale else 1.0
+
+    @property
+    def anchor_decay(self) -> float:
+        """lam, live from the parameter group."""
+        decay: float = self.group["anchor_decay"]
+        return decay
+
+    @property
+    def rate(self) -> float:
+        """How many times its group's learning rate it trains with in the step that comes."""
+        return self.rates.at(self.cells.density, self.run.steps_in_episode)
+
+    @property
+    def shown_group(self) -> dict[str, Any]:
+        """Its group as the base is shown it: with the learning rate that it trains with."""
+        return scaled_group(self.group, self.rate)
+
+    @property
+    def dither(self) -> Dither | None:
+        """The random bits of its rounding in the running episode; None for rounding to nearest."""
+        if not self.run.stochastic_rounding:
+            return None
+        return self.cells.dither(self.run.seed, self.run.episode)
+
+    def index(self, *kernel: Callable[..., Tensor]) -> Tensor:
+        """Where its active cells lie in the running episode; drawn once, with ``kernel`` if given."""
+        key = (self.run.draws, self.cells.placement, self.cells.form)
+        if self._index is None or self._index[0] != key:
+            self._index = key, self.cells.draw(self.run.seed, self.run.episode, *kernel)
+        return self._index[1]
+
+    def mask(self) -> Tensor:
+        """Its active weights: bool, of the parameter's shape."""
+        return self.cells.mask(self.index())
+
+    def was_written(self) -> bool:
+        """Whether somebody else wrote to the parameter since the library last did."""
+        slot = self.slot
+        return slot is not None and slot.version not in (None, self.cells.version)
+
+    def check_gradient(self) -> None:
+        """Raise where the gradient cannot be masked, before anything is changed."""
+        grad = self.cells.gradient
+        if grad is not None and grad.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self.name} is sparse ({grad.layout}), which cannot be mixed: build the "
+                "layer with dense gradients (torch.nn.Embedding(..., sparse=False)) or exclude the parameter"
+            )
+
+
+def parameters(
+    groups: Iterable[dict[str, Any]],
+) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
+    """``(number, group, place in the group, parameter)`` of all parameters."""
+    number = 0
+    for group in groups:
+        for place, param in enumerate(group["params"]):
+            yield number, group, place, param
+            number += 1
+
+
+def name_of(group: dict[str, Any], place: int, number: int) -> str:
+    names = group.get("param_names")
+    if names is not None:
+        name: str = names[place]
+        return name
+    shape = "x".join(map(str, group["params"][place].shape)) or "scalar"
+    return f"parameter {number} ({shape})"
+
+
+class Members:
+    """The mixed parameters of one optimizer.
+
+    Args:
+        run, rates: of all of them.
+        exclude: glob patterns of parameters that are not mixed.
+        defaults: of the keys that a group may set for itself.
+    """
+
+    def __init__(
+        self, run: Run, rates: Rates, exclude: Sequence[str], defaults: dict[str, Any]
+    ) -> None:
+        self.run = run
+        self.rates = rates
+        self.exclude = exclude
+        self.defaults = defaults
+        self._of: dict[Tensor, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._of.values())
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._of
+
+    def get(self, param: Tensor) -> Member | None:
+        return self._of.get(param)
+
+    def trained(self) -> list[Member]:
+        """Those that have a slot."""
+        return [member for member in self if member.slot is not None]
+
+    def find(self, groups: Iterable[dict[str, Any]], first_number: int = 0) -> list[Member]:
+        """The parameters of groups that are to be mixed, checked; nothing is changed."""
+        found = []
+        for number, group, place, param in parameters(groups):
+            own = {**group, **check_group_keys({**self.defaults, **group})}
+            if not isinstance(param, Tensor):
+                raise TypeError(
+                    f"optimizer can only optimize Tensors, but one of the params is {param!r}"
+                )
+            if self.reason_unmixed(own, place) is None:
+                name = name_of(group, place, first_number + number)
+                _check_parameter(name, param)
+                cells = Cells(
+                    param,
+                    first_number + number,
+                    own["granularity"],
+                    own["mask_prob"],
+                    self.run.sampler,
+                )
+                _check_size(name, cells)
+                found.append(Member(cells, group, name, self.run, self.rates))
+        return found
+
+    def reason_unmixed(self, group: dict[str, Any], place: int) -> str | None:
+        """Why the parameter at ``place`` of a group is not mixed; None where it is."""
+        names = group.get("param_names")
+        if names is not None and matches(names[place], self.exclude):
+            return "excluded"
+        if group["mask_prob"] == 0:
+            return "mask_prob is 0"
+        if group["params"][place].numel() == 0:
+            return "empty"
+        return None
+
+    def adopt(self, groups: Iterable[dict[str, Any]], found: Iterable[Member]) -> None:
+        """Make parameters found in groups members, and the groups the run's."""
+        for group in groups:
+            group.update(check_group_keys({**self.defaults, **group}))
+            group[KEY] = self.run
+        for member in found:
+            self._of[member.param] = member
+
+    def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raise where a group was changed in what is fixed, or to an impossible ``anchor_decay``."""
+        for number, group in enumerate(groups):
+            if group.get(KEY) is not self.run:
+                raise RuntimeError(
+                    f"parameter group {number} was added or replaced past the wrapper: use "
+                    "add_param_group() and load_state_dict() of the GMixoutOptimizer"
+                )
+            check_anchor_decay(group["anchor_decay"])
+        for member in self:
+            group, cells = member.group, member.cells
+            fixed = (group["mask_prob"], group["granularity"])
+            if fixed != (cells.mask_prob, cells.granularity):
+                raise ValueError(
+                    f"mask_prob={fixed[0]!r} and granularity={fixed[1]!r} in the group of {member.name} "
+                    f"differ from the {cells.mask_prob!r} and {cells.granularity!r} that it was wrapped "
+                    "with: they are fixed; wrap a new base to change them"
+                )
+
+
+def _check_parameter(name: str, param: Tensor) -> None:
+    """Raise for a parameter that cannot be mixed."""
+    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallel) cannot be mixed yet; give "
+            "its group mask_prob=0, or use DistributedDataParallel"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}: only strided parameters can be mixed")
+
+
+def _check_size(name: str, cells: Cells) -> None:
+    if cells.grid.cells > MAX_CELLS:
+        raise ValueError(
+            f"{name} has {cells.grid.cells} cells at granularity={cells.granularity!r}, more than "
+            f"{MAX_CELLS}: use a coarser granularity"
+        )

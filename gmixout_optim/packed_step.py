@@ -1,0 +1,228 @@
+"""One step on packed values: gather the active weights and gradients, step the base, write them back.
+
+:func:`packed_step` is all of it. It is called with the base itself, or with a plain form of the base on
+a few tensors at a time, eagerly or compiled.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gmixout_optim import mixing
+from gmixout_optim.cells import Dither
+from gmixout_optim.members import Member
+from gmixout_optim.packed_gradient import PackedGradient
+from gmixout_optim.residual import slot_of
+
+# Bytes of packed gradients in a batch on a CPU: more do not stay in its caches until they are used,
+# fewer do not outweigh the call of the base.
+_BATCH_BYTES = 1 << 21
+
+
+class Batch(NamedTuple):
+    """Some tensors, as :func:`packed_step` takes them; views and indices as in :mod:`mixing`.
+
+    Attributes:
+        values: what is trained, where the model does not hold it.
+        grads: gradients as views, with a flag: whether they are packed already.
+        scales: s of each.
+        dithers: how they are rounded.
+    """
+
+    views: list[Tensor]
+    indices: list[Tensor]
+    values: list[Tensor | None]
+    anchors: list[Tensor]
+    grads: list[tuple[Tensor, bool]]
+    scales: list[float]
+    dithers: list[Dither | None]
+
+    @classmethod
+    def of(cls, members: Iterable[Member]) -> Batch:
+        columns: tuple[list[Any], ...] = tuple([] for _ in cls._fields)
+        for member in members:
+            for column, item in zip(columns, _columns(member), strict=True):
+                column.append(item)
+        return cls(*columns)
+
+
+def _columns(member: Member) -> tuple[Any, ...]:
+    slot, cells = slot_of(member), member.cells
+    grid = cells.grid
+    grad = cells.gradient
+    assert grad is not None
+    packed = isinstance(grad, PackedGradient)
+    return (
+        grid.view(cells.local),
+        member.index(),
+        slot.value,
+        slot.anchor,
+        (grad.current_for(member) if isinstance(grad, PackedGradient) else grid.view(grad), packed),
+        member.scale,
+        member.dither,
+    )
+
+
+def packed_step(
+    views: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor | None],
+    anchors: list[Tensor],
+    grads: list[tuple[Tensor, bool]],
+    scales: list[float],
+    dithers: list[Dither | None],
+    enter: Callable[..., None],
+    **entered: Any,
+) -> None:
+    """A step on the tensors of a :class:`Batch`.
+
+    Args:
+        enter: ``enter(trained, grads, **entered)`` steps the base on packed values, in place.
+    """
+    indices = [index.long() for index in indices]
+    trained = [
+        mixing.gather(view, index) if value is None else value
+        for view, index, value in zip(views, indices, values, strict=True)
+    ]
+    used = [_used_gradient(*each) for each in zip(indices, trained, grads, scales, strict=True)]
+    enter(trained, used, **entered)
+    for view, index, anchor, value, scale, dither in zip(
+        views, indices, anchors, trained, scales, dithers, strict=True
+    ):
+        theta = mixing.model_values(anchor, value, scale)
+        mixing.scatter_(view, index, mixing.narrowed(theta, view.dtype, index, dither))
+
+
+def _used_gradient(
+    index: Tensor, value: Tensor, given: tuple[Tensor, bool], scale: float
+) -> Tensor:
+    """The gradient with respect to the packed values, s * grad on the active cells, in their dtype."""
+    grad, packed = given
+    active = grad if packed else mixing.gather_gradient(grad, index)
+    active = active if active.dtype == value.dtype else active.to(value.dtype)
+    return active if scale == 1 else active * scale
+
+
+def step_plain(
+    trained: list[Tensor],
+    grads: list[Tensor],
+    *,
+    states: list[dict[str, Any]],
+    plain: type,
+    options: dict[str, Any],
+) -> None:
+    """Steps :func:`without_optimizer` of the base's class, with the options of a parameter group."""
+    for value, grad in zip(trained, grads, strict=True):
+        value.grad = grad
+    base: Any = object.__new__(plain)
+    base.param_groups = [{**options, "params": trained}]
+    base.state = dict(zip(trained, states, strict=True))
+    base.step()
+    for value in trained:
+        value.grad = None
+
+
+@cache
+def without_optimizer(base: Any) -> type:
+    """A plain class with the methods of an optimizer's class, without what torch wraps around them.
+
+    Its instances are cheap and step without hooks. torch.compile treats an Optimizer's gradients as
+    graph inputs; on a plain object they can be created in the graph.
+    """
+    methods: dict[str, Any] = {}
+    for parent in reversed(base.__mro__[:-1]):
+        for name, item in vars(parent).items():
+            if inspect.isfunction(item) and not name.startswith("__"):
+                methods[name] = inspect.unwrap(item)
+    return type(base.__name__, (), methods)
+
+
+def step_in_batches(base: Optimizer, members: list[Member]) -> None:
+    """Steps so few tensors at a time that their packed gradients stay in a CPU's caches."""
+    plain = without_optimizer(type(base))  # type: ignore[arg-type]
+    for alike in by_options(members):
+        options = options_of(base, alike[0])
+        for batch in _cached_batches(alike):
+            states = [base.state[member.param] for member in batch]
+            packed_step(
+                *Batch.of(batch), enter=step_plain, states=states, plain=plain, options=options
+            )
+
+
+def by_options(members: list[Member]) -> Iterable[list[Member]]:
+    """Members that the base steps with the same options: of one group, at one rate."""
+    alike: dict[Hashable, list[Member]] = {}
+    for member in members:
+        alike.setdefault((id(member.group), member.rate), []).append(member)
+    return alike.values()
+
+
+def options_of(base: Optimizer, member: Member) -> dict[str, Any]:
+    group = member.shown_group
+    return {key: group[key] for key in base.defaults}
+
+
+def partition(
+    members: list[Member], condition: Callable[[Member], bool]
+) -> tuple[list[Member], list[Member]]:
+    """The members for which a condition holds, and the others."""
+    yes: list[Member] = []
+    no: list[Member] = []
+    for member in members:
+        (yes if condition(member) else no).append(member)
+    return yes, no
+
+
+def _cached_batches(members: list[Member]) -> Iterator[list[Member]]:
+    batch: list[Member] = []
+    size = 0
+    for member in members:
+        anchor = slot_of(member).anchor
+        more = anchor.nbytes if anchor.is_cpu else 0
+        if batch and size + more > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(member)
+        size += more
+    if batch:
+        yield batch
+
+
+class SettledGroups:
+    """Which of a base's groups have the options that they had when it was last asked.
+
+    Args:
+        base: the wrapped optimizer.
+        form: what matters of a group's options.
+    """
+
+    def __init__(self, base: Optimizer, form: Callable[[dict[str, Any]], Hashable]) -> None:
+        self.base = base
+        self.form = form
+        self._last: dict[int, Hashable] = {}
+
+    def ids(self) -> set[int]:
+        settled = set()
+        for number, group in enumerate(self.base.param_groups):
+            form = self.form({key: group[key] for key in self.base.defaults})
+            if self._last.setdefault(number, form) == form:
+                settled.add(id(group))
+            self._last[number] = form
+        return settled
+
+
+def form_of_options(options: Any, numbers: bool) -> Hashable:
+    """What a step depends on of options: all but the values in tensors, and other numbers if ``numbers``."""
+    if isinstance(options, dict):
+        return tuple((key, form_of_options(item, numbers)) for key, item in options.items())
+    if isinstance(options, list | tuple):
+        return tuple(form_of_options(item, numbers) for item in options)
+    if isinstance(options, Tensor):
+        return options.shape, options.dtype, options.device
+    return repr(options) if numbers or type(options) not in (int, float) else float

@@ -1,0 +1,109 @@
+"""The learning rate of mixed weights, and how the base is shown it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How many times its group's learning rate a mixed tensor trains with.
+
+    Attributes:
+        lr_scale: of the constructor: the full rate, or "auto".
+        warmup: steps of an episode over which the rate rises to the full one; 0 for none.
+        resample_every: k.
+        keeps_size: whether what is learned keeps its size (rescaling, the persistent residual, a base
+            with one rate for all), so that "auto" is 1 instead of 1 / d on the average.
+    """
+
+    lr_scale: float | Literal["auto"]
+    warmup: int
+    resample_every: int | None
+    keeps_size: bool
+
+    def full(self, density: float) -> float:
+        """The rate once an episode has warmed up, for a tensor of drawn density d."""
+        if self.lr_scale != "auto":
+            return self.lr_scale
+        average = 1.0 if self.keeps_size else 1 / density
+        return average / self._mean_warmth()
+
+    def at(self, density: float, steps_in_episode: int) -> float:
+        """The rate of the step that comes after so many in the episode."""
+        return self.full(density) * min(1.0, (steps_in_episode + 1) / max(1, self.warmup))
+
+    def _mean_warmth(self) -> float:
+        """The share of the full rate that the steps of an episode have on the average."""
+        w, k = self.warmup, self.resample_every
+        if w < 2 or k is None:
+            return 1.0
+        rising = min(w, k)
+        return (rising * (rising + 1) / (2 * w) + k - rising) / k
+
+
+def scaled_group(group: dict[str, Any], rate: float) -> dict[str, Any]:
+    """A parameter group as the base is shown it: at ``rate`` times its learning rate."""
+    return {**group, "lr": _scaled(group["lr"], rate)} if "lr" in group else group
+
+
+def _scaled(lr: Any, rate: float) -> Any:
+    is_number = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
+    return lr * rate if is_number and rate != 1 else lr
+
+
+@contextmanager
+def shown_groups(
+    base: Optimizer,
+    rates: Mapping[Tensor, float],
+    lent: Mapping[Tensor, Tensor | None] | None = None,
+) -> Iterator[None]:
+    """Inside the block the base's groups hold what it is to step, at the rates that it is to step at.
+
+    A group whose parameters train at several rates is shown as several groups. If the base changes its
+    lr, the change persists.
+
+    Args:
+        rates: how many times its group's learning rate a parameter trains with, 1 where it is missing.
+        lent: what is shown in place of a parameter; None hides it.
+    """
+    lent = lent or {}
+    groups = base.param_groups
+    kept = [(group, list(group["params"]), group.get("lr")) for group in groups]
+    shown: list[dict[str, Any]] = []
+    first: list[
+        tuple[Any, float]
+    ] = []  # the learning rate of each group's own dict, and its factor
+    for group, params, lr in kept:
+        parts: dict[float, list[Tensor]] = {}
+        for param in params:
+            stand_in = lent.get(param, param)
+            if stand_in is not None:
+                parts.setdefault(rates.get(param, 1.0), []).append(stand_in)
+        for number, (rate, own) in enumerate(parts.items() or [(1.0, [])]):
+            part = {**group} if number else group
+            part["params"] = own
+            if lr is not None:
+                part["lr"] = _scaled(lr, rate)
+            if not number:
+                first.append((group.get("lr"), rate))
+            shown.append(part)
+    everything = list(groups)
+    groups[:] = shown
+    try:
+        yield
+    finally:
+        base.param_groups = groups
+        groups[:] = everything
+        for (group, params, lr), (scaled, rate) in zip(kept, first, strict=True):
+            group["params"] = params
+            if lr is not None and group.get("lr") is scaled:
+                group["lr"] = lr
+            elif lr is not None:
+                group["lr"] = _scaled(group["lr"], 1 / rate)

@@ -1,0 +1,330 @@
+"""An optimizer around another: torch's contract for groups, state, state dicts, copies and hooks."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gmixout_optim import checkpoint, settings
+from gmixout_optim.bases import guard
+from gmixout_optim.fresh_layers import warn_of_fresh_layers
+from gmixout_optim.layout import Layout
+from gmixout_optim.members import Member, Members
+from gmixout_optim.packed_gradient import leave_gradients, pack_gradients
+from gmixout_optim.report import Report, make_report
+
+
+class WrappingOptimizer(Optimizer):
+    """What of the wrapper is not the method.
+
+    Groups and state are the base's, one truth whichever of the two a scheduler or a loop holds.
+    """
+
+    base: Optimizer
+
+    def _wrap(self, layout: Layout, mixed: list[Member], packs_gradients: bool) -> None:
+        self.base = base = layout.base
+        self._layout = layout
+        self._members: Members = layout.members
+        self._run = layout.members.run
+        self._packs_gradients = packs_gradients
+        self._is_busy = False
+        self._open_blocks = 0
+        self._warned: set[str] = set()
+        self._resample_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
+        # Optimizer.__init__ would make groups and a state of its own. This sets up hooks and step alone.
+        super().__setstate__({"defaults": {**base.defaults, **self._members.defaults}})
+        self._adopt(base.param_groups, mixed)
+        guard(base)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's groups, with the keys ``mask_prob``, ``anchor_decay`` and ``granularity``."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's state, keyed by the model's parameters; packed where the base works on packed vectors.
+
+        Under ``"gmixout"`` it shows what the wrapper keeps of a parameter.
+        """
+        if not self._is_busy:
+            self._layout.show_slots()
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def episode(self) -> int:
+        """Index of the running episode, from 0."""
+        return self._run.episode
+
+    @property
+    def steps_in_episode(self) -> int:
+        """Steps taken in the running episode."""
+        return self._run.steps_in_episode
+
+    def active_mask(self, param: Tensor) -> Tensor:
+        """Which weights of a parameter train in the running episode: bool, the parameter's shape."""
+        member = self._member_of(param)
+        return torch.ones_like(param, dtype=torch.bool) if member is None else member.mask()
+
+    @torch.no_grad()
+    def anchor(self, param: Tensor) -> Tensor:
+        """A dense copy of a mixed parameter's anchor, of its shape and dtype."""
+        member = self._member_of(param)
+        if member is None:
+            raise ValueError(
+                "param is not mixed (excluded, or mask_prob=0): it has no anchor. optimizer.report() lists "
+                "what is"
+            )
+        return self._layout.residual.dense_anchor(member)
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """What is mixed and what is not and why, how far it has moved, and its bytes; prints as a table."""
+        return make_report(self._layout)
+
+    def register_resample_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
+        """Call ``hook(optimizer)`` after each episode's end, the next episode having begun.
+
+        Returns:
+            a handle whose ``remove()`` takes the hook away.
+        """
+        if not callable(hook):
+            raise TypeError(f"hook must be callable with the optimizer, got {hook!r}")
+        handle = RemovableHandle(self._resample_hooks)
+        self._resample_hooks[handle.id] = hook
+        return handle
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients so that the norm of those that will be used is at most ``max_norm``.
+
+        Used are the gradients of the active weights (times s with rescaling) and of parameters that are
+        not mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over all
+        weights; of packed gradients by that over the active ones, not times s.
+
+        Returns:
+            the norm before clipping, a 0-d tensor.
+        """
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        used = []
+        for param in params:
+            member = self._members.get(param)
+            used.append(param.grad if member is None else self._layout.active_gradient(member))
+        norm = get_total_norm([grad for grad in used if grad.numel()], norm_type)
+        clip_grads_with_norm_(params, max_norm, norm)
+        return norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base, as :meth:`torch.optim.Optimizer.add_param_group`; it may set group keys."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError(
+                "optimizer parameters need to be organized in ordered collections, but the ordering of "
+                "tensors in sets will change between runs. Please use a list instead."
+            )
+        # As torch does: a generator is not used up by a call that fails.
+        params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        named = bool(params) and isinstance(params[0], tuple)
+        proposed = {**param_group, "params": [param[1] if named else param for param in params]}
+        if named:
+            proposed["param_names"] = [param[0] for param in params]
+        count = sum(len(group["params"]) for group in self.param_groups)
+        mixed = self._members.find([proposed], first_number=count)
+        settings.resolve_layout(self.base, self._run, [member.param for member in mixed])
+        warn_of_fresh_layers(mixed)
+        self.base.add_param_group(param_group)
+        for member in mixed:
+            member.group = param_group
+        self._adopt([param_group], mixed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of base and wrapper: exact in mid-episode, without index sets, which the seed gives."""
+        self._refuse_in_step("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = checkpoint.make_state_dict(self._layout)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the optimizer that made ``state_dict`` was; load the model's weights as well.
+
+        Hyperparameters, seed and counters are taken from it.
+
+        Raises:
+            ValueError: it belongs to another model, to a bare optimizer or to other settings, or is
+                damaged; the message says what differs, and nothing has changed.
+        """
+        self._refuse_in_step("load_state_dict()")
+        if isinstance(state_dict, dict):
+            state_dict = dict(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = pre_hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
+        checkpoint.take_state_dict(self._layout, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, hooks stay behind; so does a scheduler's patch of this instance's step.
+        self._layout.hide_slots()
+        left = {"step", "_resample_hooks"}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in left and not key.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_resample_hooks": OrderedDict(), **state})
+        guard(self.base)
+        for member in self._members:
+            if member.slot is not None:
+                member.slot.version = None  # the copied parameter has another
+            if member.packs_gradients:
+                member.packs_gradients = False
+                pack_gradients(member)
+
+    def __repr__(self) -> str:
+        run = self._run
+        lines = [
+            f"{type(self).__name__} (",
+            f"  base: {run.base}, {run.residual} residual, {run.layout} layout, {run.sampler} sampler",
+            f"  resample_every: {run.resample_every}, lr_scale: {run.lr_scale}, "
+            f"episode_warmup: {run.episode_warmup}, rescale: {run.rescale}, seed: {run.seed}",
+            f"  episode: {run.episode}, steps_in_episode: {run.steps_in_episode}",
+        ]
+        for number, group in enumerate(self.param_groups):
+            lines.append(f"  parameter group {number}, {len(group['params'])} parameters")
+            lines += [
+                f"    {key}: {value}"
+                for key, value in sorted(group.items())
+                if key not in ("params", "param_names", settings.KEY)
+            ]
+        return "\n".join([*lines, ")"])
+
+    def _adopt(self, groups: Sequence[dict[str, Any]], mixed: list[Member]) -> None:
+        self._members.adopt(groups, mixed)
+        for group in groups:
+            for param in group["params"]:
+                leave_gradients(param)
+        with self._working_in_base():
+            for member in mixed:
+                self._layout.take_over(member)
+        self._pack_gradients()
+
+    def _pack_gradients(self) -> None:
+        """Have backward pack gradients, if asked for: also of what was frozen, and after consolidate()."""
+        if self._packs_gradients:
+            for member in self._members:
+                pack_gradients(member)
+
+    def _next_episode(self, skip_written: bool = False) -> None:
+        with self._working_in_base():
+            mixing_in = self._layout.end_episode(skip_written)
+            self._layout.begin_episode()
+        self._warn_of_mixed(mixing_in)
+        for hook in list(self._resample_hooks.values()):
+            hook(self)
+
+    def _only_creates_state(self) -> bool:
+        """Whether this is the step that torch.distributed.checkpoint takes to have a fresh optimizer's state.
+
+        Its learning rates and gradients are zero, and it is no step of the training.
+        """
+        return (
+            self._run.episode == self._run.steps_in_episode == 0
+            and not self._members.trained()
+            and all(group["lr"] == 0 for group in self.param_groups)
+            and not any(
+                bool(param.grad.any())
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            )
+        )
+
+    def _check_may_train(self, call: str) -> None:
+        self._refuse_while_evaluating(call)
+        self._members.check_groups(self.param_groups)
+        self._layout.show_live()  # of a persistent run that was consolidated
+
+    def _warn_of_kept(self, written: list[Member], call: str) -> None:
+        self._warn_once(
+            written,
+            call,
+            f"were written since the last step, by a loaded checkpoint or a constraint: {call} keeps them as "
+            "they are. To take them as what the episode learned and average them in, call resample() before",
+        )
+
+    def _warn_of_mixed(self, written: list[Member]) -> None:
+        self._warn_once(
+            written,
+            "resample()",
+            "were written by somebody else in the episode that ended, and the anchor moved toward them by 1 - "
+            "anchor_decay. After loading a checkpoint call resync(), which takes it as the anchor; a constraint "
+            "that is applied after every step needs nothing",
+        )
+
+    def _member_of(self, param: Tensor) -> Member | None:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"param must be one of the optimizer's parameters, got {param!r}")
+        if not any(param is known for group in self.param_groups for known in group["params"]):
+            raise ValueError(
+                f"param of shape {tuple(param.shape)} is not one of this optimizer's parameters"
+            )
+        return self._members.get(param)
+
+    @contextmanager
+    def _working_in_base(self) -> Iterator[None]:
+        """The base's state holds what is the base's own, and nobody else may call in."""
+        self._layout.hide_slots()
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
+
+    def _refuse_while_evaluating(self, call: str) -> None:
+        self._refuse_in_step(call)
+        if self._run.evaluating or self._open_blocks:
+            raise RuntimeError(
+                f"{call} inside eval_weights() or after eval(): the model holds the weights to deploy there, "
+                "not those that are trained; leave the block or call optimizer.train() first"
+            )
+
+    def _refuse_in_step(self, call: str) -> None:
+        if self._is_busy:
+            raise RuntimeError(
+                f"{call} inside step(), from a closure or from a hook of the base: call it after the step"
+            )
+
+    def _warn_once(self, written: list[Member], kind: str, message: str) -> None:
+        if written and kind not in self._warned:
+            self._warned.add(kind)
+            names = ", ".join(member.name for member in written[:3])
+            more = f" and {len(written) - 3} more" if len(written) > 3 else ""
+            warnings.warn(f"weights of {names}{more} {message}", stacklevel=5)
