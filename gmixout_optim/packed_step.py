@@ -22,7 +22,7 @@ from gmixout_optim.residual import slot_of
 
 # Bytes of packed gradients in a batch on a CPU: more do not stay in its caches until they are used,
 # fewer do not outweigh the call of the base.
-_BATCH_BYTES = 1 << 21
+_BATCH_BYTES = 1 << 22
 
 
 class Batch(NamedTuple):
