@@ -178,22 +178,26 @@ class Cells:
         self.granularity = granularity
         self.mask_prob = mask_prob
         self.sampler = sampler
-        self._grid = Grid.of(param, granularity)
+        self._seen: tuple[Grid, float] | None = None
 
     @property
     def grid(self) -> Grid:
-        shape, strides = self.param.shape, self.param.stride()
-        if self._grid.strides != strides or self._grid.shape != shape:
-            self._grid = Grid.of(self.param, self.granularity)
-        return self._grid
+        """One object for as long as shape and strides stay."""
+        return self._see()[0]
 
     @property
     def density(self) -> float:
         """d: the share of cells that is drawn, m / N, which differs from 1 - p in small tensors."""
-        if self.sampler == "bernoulli":
-            return 1 - self.mask_prob
-        cells = self.grid.cells
-        return active_count(cells, 1 - self.mask_prob) / cells
+        return self._see()[1]
+
+    def _see(self) -> tuple[Grid, float]:
+        seen, param = self._seen, self.param
+        if seen is None or seen[0].strides != param.stride() or seen[0].shape != param.shape:
+            grid, density = Grid.of(param, self.granularity), 1 - self.mask_prob
+            if self.sampler == "stratified":
+                density = active_count(grid.cells, density) / max(1, grid.cells)
+            seen = self._seen = grid, density
+        return seen
 
     @property
     def fell_back_to_elements(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmixout_optim.cells import Cells, Dither, Placement
+from gmixout_optim.cells import Cells, Dither, Grid, Placement
 from gmixout_optim.index_sets import MAX_CELLS
 from gmixout_optim.param_groups import matches
 from gmixout_optim.rates import Rates, scaled_group
@@ -63,7 +63,7 @@ class Member:
     rates: Rates
     slot: Slot | None = None
     packs_gradients: bool = False
-    _index: tuple[Any, Tensor] | None = None
+    _index: tuple[int, Grid, Tensor] | None = None
 
     @property
     def param(self) -> Tensor:
@@ -99,10 +99,12 @@ class Member:
 
     def index(self, *kernel: Callable[..., Tensor]) -> Tensor:
         """Where its active cells lie in the running episode; drawn once, with ``kernel`` if given."""
-        key = (self.run.draws, self.cells.placement, self.cells.form)
-        if self._index is None or self._index[0] != key:
-            self._index = key, self.cells.draw(self.run.seed, self.run.episode, *kernel)
-        return self._index[1]
+        draws, grid, device = self.run.draws, self.cells.grid, self.param.device
+        kept = self._index
+        if kept is None or kept[0] != draws or kept[1] is not grid or kept[2].device != device:
+            index = self.cells.draw(self.run.seed, self.run.episode, *kernel)
+            kept = self._index = draws, grid, index
+        return kept[2]
 
     def mask(self) -> Tensor:
         """Its active weights: bool, of the parameter's shape."""

@@ -44,29 +44,19 @@ class Batch(NamedTuple):
     dithers: list[Dither | None]
 
     @classmethod
-    def of(cls, members: Iterable[Member]) -> Batch:
-        columns: tuple[list[Any], ...] = tuple([] for _ in cls._fields)
-        for member in members:
-            for column, item in zip(columns, _columns(member), strict=True):
-                column.append(item)
-        return cls(*columns)
+    def of(cls, members: list[Member]) -> Batch:
+        columns = zip(*map(_columns, members), strict=True)
+        return cls(*map(list, columns)) if members else cls([], [], [], [], [], [], [])
 
 
 def _columns(member: Member) -> tuple[Any, ...]:
-    slot, cells = slot_of(member), member.cells
-    grid = cells.grid
-    grad = cells.gradient
+    slot, grid, grad = slot_of(member), member.cells.grid, member.cells.gradient
     assert grad is not None
     packed = isinstance(grad, PackedGradient)
-    return (
-        grid.view(cells.local),
-        member.index(),
-        slot.value,
-        slot.anchor,
-        (grad.current_for(member) if isinstance(grad, PackedGradient) else grid.view(grad), packed),
-        member.scale,
-        member.dither,
-    )
+    given = grad.current_for(member) if isinstance(grad, PackedGradient) else grid.view(grad)
+    view = grid.view(member.cells.local)
+    index, grads = member.index(), (given, packed)
+    return view, index, slot.value, slot.anchor, grads, member.scale, member.dither
 
 
 def packed_step(
