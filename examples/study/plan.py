@@ -34,8 +34,8 @@ DEFAULTS = {
     "mask_prob": 0.9,
     "resample_every": 20,
     "anchor_decay": 0.5,
-    "lr_scale": None,
-    "episode_warmup": None,
+    "lr_scale": "auto",
+    "episode_warmup": "auto",
 }
 GMIXOUT: list[Settings] = [
     {},
