@@ -250,7 +250,10 @@ class GMixoutOptimizer(WrappingOptimizer):
         self.train()
         if self._run.residual == "persistent":
             self._layout.show_live()
-            self._warn_of_kept(self._layout.show_deployed(), "consolidate()")
+            written = self._layout.show_deployed()
+            for member in written:
+                self._layout.residual.reanchor(member)
+            self._warn_of_kept(written, "consolidate()")
         elif self.steps_in_episode > 0:
             written = [member for member in self._members if member.was_written()]
             self._warn_of_kept(written, "consolidate()")

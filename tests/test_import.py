@@ -15,7 +15,9 @@ print(*sorted(set(sys.modules) - before))
 
 def test_import_adds_no_modules_but_its_own() -> None:
     """Counted, not timed. torch._dynamo, say, takes a second."""
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
     added = run.stdout.split()
     assert "gmixout_optim.optimizer" in added
     foreign = [name for name in added if name.split(".")[0] != "gmixout_optim"]
