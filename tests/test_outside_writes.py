@@ -232,10 +232,14 @@ def test_a_base_that_fails_leaves_what_the_model_holds() -> None:
         optimizer = GMixoutOptimizer(base, **{"layout": "packed", "mask_prob": 0.5, **settings})
         train(model, optimizer, range(3))
         before = weights(model)
+        with optimizer.eval_weights():
+            deployed = weights(model)
         fails.append(1)
         with pytest.raises(RuntimeError, match="no step"):
             train(model, optimizer, [3])
         assert_equal(before, weights(model))
+        with optimizer.eval_weights():
+            torch.testing.assert_close(weights(model), deployed, rtol=1e-12, atol=1e-12)
         fails.clear()
         train(model, optimizer, range(4, 8))
 

@@ -89,5 +89,24 @@ def test_goes_on_from_what_a_version_saved(file: Path, name: str) -> None:
     torch.testing.assert_close(weights(model), saved["after"])
 
 
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "bernoulli"])
+def test_a_run_that_an_older_version_saved_in_eval_gets_its_live_weights_back(name: str) -> None:
+    """Before version 5 they followed from the values, and were not in the file."""
+    saved = torch.load(FOLDER / "state_dicts_4.pt", weights_only=True)[name]
+    model, optimizer = build(name, seed=0)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    live = weights(model)
+    optimizer.eval()
+    shown = {key: item.clone() for key, item in model.state_dict().items()}
+    for group in saved["optimizer"]["param_groups"]:
+        group["gmixout"]["evaluating"] = True
+    model, optimizer = build(name, seed=0)
+    model.load_state_dict(shown)
+    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.train()
+    torch.testing.assert_close(weights(model), live, rtol=1e-12, atol=1e-12)
+
+
 if __name__ == "__main__":
     write()
