@@ -1,4 +1,5 @@
-"""GMixout in a loop with Accelerate: gradient accumulation, clipping, checkpoints, and the weights to deploy."""
+"""GMixout in a loop with Accelerate: gradient accumulation, clipping, checkpoints, and the weights
+to deploy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """GMixout in Hugging Face's Trainer: the one line, and a callback for what is saved.
 
-Trainer calls ``optimizer.eval()`` before it evaluates and ``optimizer.train()`` before each training step. So it
-evaluates the weights to deploy, and a checkpoint written after an evaluation holds them.
+Trainer calls ``optimizer.eval()`` before it evaluates and ``optimizer.train()`` before each
+training step. So it evaluates the weights to deploy, and a checkpoint written after an evaluation
+holds them.
 """
 
 from __future__ import annotations

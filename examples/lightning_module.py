@@ -1,8 +1,9 @@
-"""GMixout in Lightning: the one line in configure_optimizers, and a callback for the weights to deploy.
+"""GMixout in Lightning: the one line in configure_optimizers, and a callback for the weights to
+deploy.
 
-Lightning validates and saves the weights that are in the model, which between steps are the live ones. The callback
-shows the weights to deploy while Lightning validates, puts them beside the live ones in each checkpoint, and leaves
-them in the model after training.
+Lightning validates and saves the weights that are in the model, which between steps are the live
+ones. The callback shows the weights to deploy while Lightning validates, puts them beside the live
+ones in each checkpoint, and leaves them in the model after training.
 """
 
 from __future__ import annotations

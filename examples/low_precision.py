@@ -1,7 +1,9 @@
-"""Trains the parameters themselves in bfloat16, with and without the wrapper, beside the same run in float32.
+"""Trains the parameters themselves in bfloat16, with and without the wrapper, beside the same run
+in float32.
 
-A bfloat16 number has 8 significant bits: a step below 1/256 of a weight is rounded away, and AdamW's steps soon are.
-The wrapper keeps float32 masters of the active weights and writes them back stochastically rounded.
+A bfloat16 number has 8 significant bits: a step below 1/256 of a weight is rounded away, and
+AdamW's steps soon are. The wrapper keeps float32 masters of the active weights and writes them back
+stochastically rounded.
 
     python examples/low_precision.py
 
@@ -62,7 +64,8 @@ def make_optimizer(
     params = [*model.trainable("backbone"), *model.trainable("head")]
     if not training.wrapped:
         return torch.optim.AdamW(params, lr=settings.lr)
-    # The head comes from a linear probe: it has values worth returning to, and is mixed like the rest.
+    # The head comes from a linear probe: it has values worth returning to, and is mixed like the
+    # rest.
     return GMixoutOptimizer(
         torch.optim.AdamW(params, lr=settings.lr),
         resample_every=settings.resample_every,

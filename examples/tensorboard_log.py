@@ -1,4 +1,5 @@
-"""Log what GMixout does to TensorBoard at each episode's end: drift from the anchor, coverage, bytes."""
+"""Log what GMixout does to TensorBoard at each episode's end: drift from the anchor, coverage,
+bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from gmixout_optim import GMixoutOptimizer
 
 
 def log_drift(optimizer: GMixoutOptimizer, writer: SummaryWriter, step: int) -> None:
-    """How far each mixed tensor has moved in the running episode: one that stays at 0 does not learn."""
+    """How far each mixed tensor has moved in the running episode: one that stays at 0 does not
+    learn."""
     report = optimizer.report().to_dict()
     for tensor in report["tensors"]:
         if tensor["drift"] is not None:

@@ -1,6 +1,7 @@
 """GMixout around an optimizer from timm's factory, with timm's scheduler.
 
-timm's factory makes groups with and without weight decay from a model; ``mask_prob`` may differ between them.
+timm's factory makes groups with and without weight decay from a model; ``mask_prob`` may differ
+between them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from timm.scheduler import CosineLRScheduler  # noqa: E402
 
 def make_optimizer(model: nn.Module, name: str = "adamw") -> GMixoutOptimizer:
     base = create_optimizer_v2(model, opt=name, lr=0.02, weight_decay=0.05)
-    # The factory takes the model, so its groups know no names: the head's group is found by its parameters.
+    # The factory takes the model, so its groups know no names: the head's group is found by its
+    # parameters.
     head = {id(param) for param in model.head.parameters()}
     for group in list(base.param_groups):
         of_head = [param for param in group["params"] if id(param) in head]

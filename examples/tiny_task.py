@@ -1,6 +1,8 @@
-"""A small task and a model pretrained for it, so that the examples of training loops run in seconds.
+"""A small task and a model pretrained for it, so that the examples of training loops run in
+seconds.
 
-Points on a spiral belong to one of three arms. The model was pretrained on all angles; fine-tuning sees a part of them.
+Points on a spiral belong to one of three arms. The model was pretrained on all angles; fine-tuning
+sees a part of them.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Spirals(Dataset[dict[str, Tensor]]):
 
 
 class Classifier(nn.Module):
-    """Returns a dict with ``logits``, and with the ``loss`` where labels are given, as transformers' models do."""
+    """Returns a dict with ``logits``, and with the ``loss`` where labels are given, as
+    transformers' models do."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""GMixout as a pure-torch optimizer wrapper: fine-tune without losing a pretrained model's robustness."""
+"""GMixout as a pure-torch optimizer wrapper: fine-tune and keep a model's robustness."""
 
 from gmixout_optim.optimizer import GMixoutOptimizer
 from gmixout_optim.packed_gradient import PackedGradient

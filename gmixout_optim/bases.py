@@ -19,8 +19,9 @@ def _of_torch(*names: str) -> tuple[type[Optimizer], ...]:
     return tuple(kind for kind in kinds if kind is not None)
 
 
-# Optimizers whose update is element-wise: they may work on packed vectors. Each entry maps the state
-# tensors that do not start at zero to what they start at, as a function of the parameter group.
+# Optimizers whose update is element-wise: they may work on packed vectors. Each entry maps the
+# state tensors that do not start at zero to what they start at, as a function of the parameter
+# group.
 ELEMENTWISE: dict[type[Optimizer], dict[str, Callable[[dict[str, Any]], float]]] = {
     torch.optim.Adadelta: {},
     torch.optim.Adagrad: {"sum": lambda group: group["initial_accumulator_value"]},
@@ -47,8 +48,8 @@ NOT_ELEMENTWISE: dict[type[Optimizer], str] = {
 
 # Optimizers that cannot train mixed parameters at all, and why.
 REFUSED: dict[type[Optimizer], str] = {
-    torch.optim.SparseAdam: "it takes sparse gradients only, and a mask of a sparse gradient is not defined "
-    "here; use torch.optim.Adam with dense gradients",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and a mask of a sparse gradient is "
+    "not defined here; use torch.optim.Adam with dense gradients",
 }
 
 # Element-wise optimizers whose state starts at the learning rate of the step that creates it.
@@ -128,14 +129,16 @@ _entered: set[int] = set()
 def _refuse_step(base: Optimizer, *_: Any) -> None:
     if id(base) not in _entered:
         raise RuntimeError(
-            f"step() of a {type(base).__name__} that is wrapped: call step() of the GMixoutOptimizer "
+            f"step() of a {type(base).__name__} that is wrapped: call step() of the "
+            "GMixoutOptimizer "
             "around it, which takes the base's step on the active weights"
         )
 
 
 def _refuse_load(base: Optimizer, *_: Any) -> None:
     raise RuntimeError(
-        f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the GMixoutOptimizer "
+        f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the "
+        "GMixoutOptimizer "
         "around it, or into the base before wrapping it"
     )
 
@@ -158,7 +161,7 @@ def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
 
 
 def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
-    """The names of the state tensors that hold one value for each element of a parameter of ``shape``.
+    """The names of state tensors with one value for each element of a parameter of ``shape``.
 
     Quantised ones (tensor subclasses) are not among them: they hold a scale for many elements.
     """
@@ -174,8 +177,8 @@ def renew_state(
 ) -> None:
     """Make the base's state of one parameter fresh, after a redraw.
 
-    In place where the shape of the per-cell tensors stays, so that a compiled step keeps its buffers. A
-    state whose fresh values are not known is dropped, and the base creates it anew.
+    In place where the shape of the per-cell tensors stays, so that a compiled step keeps its
+    buffers. A state whose fresh values are not known is dropped, and the base creates it anew.
     """
     if type(base) in _SHARED_STATE:
         base.state.clear()
@@ -202,5 +205,5 @@ def resets_in_place(base: Optimizer) -> bool:
 
 
 def keeps_state(base: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether an element-wise base has any state for the parameters of a group once it has stepped."""
+    """Whether an element-wise base that has stepped has any state for a group's parameters."""
     return not isinstance(base, torch.optim.SGD) or group["momentum"] != 0

@@ -29,8 +29,8 @@ Granularity = Literal["element", "row"] | int
 # Device and strides of a parameter.
 Placement = tuple[torch.device, tuple[int, ...]]
 
-# Index sets of tensors with so few cells (biases, norms) are kept as int64: it takes little memory, and
-# torch's kernels want int64.
+# Index sets of tensors with so few cells (biases, norms) are kept as int64: it takes little memory,
+# and torch's kernels want int64.
 _FEW_CELLS = 1 << 14
 
 
@@ -157,8 +157,8 @@ class Cells:
     """The cells of one parameter.
 
     Args:
-        param: the model's own parameter. What is read and written is fetched from it at each call, so
-            it may move and, before it is trained, change its shape.
+        param: the model's own parameter. What is read and written is fetched from it at each call,
+            so it may move and, before it is trained, change its shape.
         number: its number in the optimizer, which selects its random stream.
         granularity: ``"element"``, ``"row"`` or a number of consecutive elements.
         mask_prob: p.
@@ -214,7 +214,7 @@ class Cells:
 
     @property
     def version(self) -> int:
-        """A number that grows with every in-place change of the parameter, but for those in ``.data``."""
+        """Grows with every in-place change of the parameter, but for those in ``.data``."""
         return 0 if self.param.is_inference() else self.param._version
 
     @property

@@ -22,7 +22,8 @@ Groups = list[dict[str, Any]]
 def make_state_dict(layout: Layout) -> dict[str, Any]:
     """torch's format: ``state`` by parameter number, ``param_groups`` with numbers for parameters.
 
-    A mixed tensor's entry holds the base's state of it and, under ``"gmixout"``, what its slot keeps.
+    A mixed tensor's entry holds the base's state of it and, under ``"gmixout"``, what its slot
+    keeps.
     """
     base, members = layout.base, layout.members
     state: dict[Any, Any] = {
@@ -87,7 +88,8 @@ def _checked_groups(given: dict[str, Any], own: Groups, layout: Layout) -> Group
         raise ValueError("state_dict has no 'param_groups' list and 'state' dict: it is damaged")
     if len(saved) != len(own):
         raise ValueError(
-            f"state_dict has {len(saved)} parameter groups, this optimizer {len(own)}: it belongs to "
+            f"state_dict has {len(saved)} parameter groups, this optimizer {len(own)}: it belongs "
+            "to "
             "another model"
         )
     groups: Groups = []
@@ -96,7 +98,8 @@ def _checked_groups(given: dict[str, Any], own: Groups, layout: Layout) -> Group
         _check_parameters(group, mine, where)
         if not isinstance(group.get(KEY), dict):
             raise ValueError(
-                f"{where} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. Load it "
+                f"{where} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. "
+                "Load it "
                 "into the base before wrapping it"
             )
         group = {
@@ -133,7 +136,8 @@ def _check_parameters(saved: Any, own: dict[str, Any], where: str) -> None:
         for name, own_name in zip(names, own_names, strict=True):
             if unwrapped(name) != unwrapped(own_name):
                 raise ValueError(
-                    f"{where} of state_dict has {name!r} where this optimizer has {own_name!r}: it belongs "
+                    f"{where} of state_dict has {name!r} where this optimizer has {own_name!r}: it "
+                    "belongs "
                     "to another model, or one whose parameters come in another order"
                 )
 
@@ -144,7 +148,8 @@ def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], where: st
         kind = _kind(value)
         if key in saved and kind in (float, tuple) and _kind(saved[key]) is not kind:
             raise ValueError(
-                f"{where} of state_dict has {key}={saved[key]!r}, where this optimizer has {value!r}: it is "
+                f"{where} of state_dict has {key}={saved[key]!r}, where this optimizer has "
+                f"{value!r}: it is "
                 "damaged"
             )
     try:
@@ -222,7 +227,8 @@ def _check_keys(
         if number not in owners:
             if isinstance(number, int) or of_torch:
                 raise ValueError(
-                    f"state_dict has a state for parameter {number!r}, which is in none of its groups: it is "
+                    f"state_dict has a state for parameter {number!r}, which is in none of its "
+                    "groups: it is "
                     "damaged"
                 )
         elif type(base) in ELEMENTWISE and isinstance(entry, dict):
@@ -231,7 +237,8 @@ def _check_keys(
             first = forms.setdefault(id(group), form) if form else form
             if form != first:
                 raise ValueError(
-                    f"state_dict holds {sorted(form)} of {name} and {sorted(first)} of another parameter of "
+                    f"state_dict holds {sorted(form)} of {name} and {sorted(first)} of another "
+                    "parameter of "
                     "its group, or tensors for the one only: it is damaged"
                 )
 
@@ -250,7 +257,8 @@ def _fitting_state(
         return deepcopy(value)
     if type(base) in ELEMENTWISE and value.ndim > 0 and value.shape != shape:
         raise ValueError(
-            f"state_dict holds {key!r} of {name} with shape {tuple(value.shape)}, but this optimizer needs "
+            f"state_dict holds {key!r} of {name} with shape {tuple(value.shape)}, but this "
+            "optimizer needs "
             f"{tuple(shape)}: it belongs to another model or other settings"
         )
     # torch keeps step counts on the host unless the step runs on the device.
@@ -267,8 +275,8 @@ def _kept_up_to_date(
 ) -> dict[str, Any]:
     """What a state dict holds of a slot, in the present format.
 
-    Before version 5 the dense layout kept its anchor whole, and the live weights of a model that showed
-    those to deploy followed from the values.
+    Before version 5 the dense layout kept its anchor whole, and the live weights of a model that
+    showed those to deploy followed from the values.
     """
     anchor, value, cells = saved.get("anchor"), saved.get("value"), member.cells
     if run["saved_version"] >= 5 or not isinstance(anchor, Tensor) or not isinstance(value, Tensor):

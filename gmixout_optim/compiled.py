@@ -1,9 +1,9 @@
 """The packed step and the redraw as code fused by torch.compile.
 
 Tensors go through compiled code a few at a time, those that are alike together: a model repeats its
-blocks, so few kernels serve all of it, and what was compiled for one optimizer serves the next. Each batch
-is gathered, stepped and written in one graph; its packed values and gradients are never written to
-memory.
+blocks, so few kernels serve all of it, and what was compiled for one optimizer serves the next.
+Each batch is gathered, stepped and written in one graph; its packed values and gradients are never
+written to memory.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Compiler:
         self._settled = SettledGroups(base, _form_without_lr)
 
     def split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
-        """The members to run compiled, and the others: where it is not wanted, or would recompile."""
+        """The members to run compiled, and the others: not wanted, or recompiled each time."""
         wanted = torch.cuda.is_available() if self.wanted == "auto" else self.wanted
         if not wanted or not self.static_shapes or not resets_in_place(self.base):
             return [], members
@@ -69,15 +69,16 @@ class Compiler:
     def split_step(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
         """Of members that can be stepped in batches those to step compiled, and the others.
 
-        A group whose options are not those of the step before steps eagerly: a momentum that follows a
-        schedule would recompile in every step.
+        A group whose options are not those of the step before steps eagerly: a momentum that
+        follows a schedule would recompile in every step.
         """
         wanted, others = self.split(members)
         if not wanted:
             return [], members
         settled = self._settled.ids()
         settled -= {id(group) for group in self.base.param_groups if _lr_is_zero(group)}
-        # Compiled, A + s * (phi - A) may round differently than where the library computes it eagerly.
+        # Compiled, A + s * (phi - A) may round differently than where the library computes it
+        # eagerly.
         ready, unready = partition(wanted, lambda m: m.scale == 1 and id(m.group) in settled)
         return ready, unready + others
 
@@ -130,8 +131,9 @@ class Compiler:
     def _wants(self, member: Member) -> bool:
         if member.cells.local.is_cuda:
             return _compiles_on_cuda() if self.wanted == "auto" else bool(self.wanted)
-        # On a CPU torch's own kernels move wide cells faster than compiled code does; where these were
-        # asked for, single elements are those of biases and the like, too few to be worth a call.
+        # On a CPU torch's own kernels move wide cells faster than compiled code does; where these
+        # were asked for, single elements are those of biases and the like, too few to be worth a
+        # call.
         cells = member.cells
         return bool(self.wanted) and cells.grid.width == 1 and cells.granularity != "row"
 
@@ -151,9 +153,9 @@ class Compiler:
     def _options(self, member: Member) -> dict[str, Any]:
         """The options of a member's group as compiled code takes them.
 
-        They choose a form of the step without branches on values, which can be fused with gather and
-        scatter: the plain one, or that for all tensors at once, of which the compiler makes few kernels. A
-        float lr goes into a tensor: as a number it would recompile with every change.
+        They choose a form of the step without branches on values, which can be fused with gather
+        and scatter: the plain one, or that for all tensors at once, of which the compiler makes few
+        kernels. A float lr goes into a tensor: as a number it would recompile with every change.
         """
         options = options_of(self.base, member)
         foreach = is_launched(member.param)
@@ -166,7 +168,8 @@ class Compiler:
     def _give_up(self, error: Exception) -> None:
         if self.wanted is not False:
             warnings.warn(
-                "the step could not be compiled and goes on eagerly; compile=False avoids the attempt: "
+                "the step could not be compiled and goes on eagerly; compile=False avoids the "
+                "attempt: "
                 f"{error}",
                 stacklevel=2,
             )
@@ -186,13 +189,13 @@ def compiled_draw() -> Callable[..., Tensor]:
 
 
 def _form_without_lr(options: dict[str, Any]) -> Hashable:
-    """What compiled code depends on of a group's options: a number is part of the code, but for the lr."""
+    """The options that are part of compiled code: all numbers but the lr."""
     others = {key: option for key, option in options.items() if key != "lr"}
     return form_of_options(others, numbers=True)
 
 
 def _lr_is_zero(group: dict[str, Any]) -> bool:
-    """Whether compiled code would divide by zero: what torch compiles for Adam divides by the lr."""
+    """Whether compiled code would divide by zero: Adam's divides by the lr."""
     lr = group["lr"]
     return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)
 

@@ -19,8 +19,8 @@ from gmixout_optim.residual import EpisodicResidual, Loan, PersistentResidual
 class DenseLayout(Layout):
     """The base sees whole parameters, with gradients that are zero off the active cells.
 
-    What it does off the active cells is put back after its step (with the persistent residual, it stays in
-    U). Anchors have the parameters' own dtype.
+    What it does off the active cells is put back after its step (with the persistent residual, it
+    stays in U). Anchors have the parameters' own dtype.
     """
 
     def __init__(self, base: Optimizer, members: Members) -> None:
@@ -72,7 +72,7 @@ class DenseLayout(Layout):
 
 
 class _LentParameters:
-    """The parameters that the base works on in one step, lent and taken back around each evaluation."""
+    """The parameters in one step, lent to the base and taken back around each evaluation."""
 
     def __init__(self, layout: DenseLayout) -> None:
         self.layout = layout
@@ -82,7 +82,7 @@ class _LentParameters:
         self.gradients: dict[Member, Tensor | None] = {}
 
     def lend(self) -> None:
-        """Hand over the parameters of all members that have a gradient or a slot, gradients masked."""
+        """Hand over all parameters that have a gradient or a slot, gradients masked."""
         members = list(self.layout.members)
         for member in members:
             member.check_gradient()
@@ -116,7 +116,7 @@ class _LentParameters:
         self.gradients.clear()
 
     def _masked(self, member: Member, grad: Tensor) -> Tensor:
-        """The gradient with respect to what is trained: s * grad on the active cells, zero elsewhere."""
+        """The gradient of what is trained: s * grad on the active cells, zero elsewhere."""
         grid = member.cells.grid
         masked = grid.copy(torch.zeros_like(grad))
         active = self.layout.active_gradient(member)

@@ -12,10 +12,10 @@ from gmixout_optim.members import Member
 
 
 def looks_freshly_initialised(param: Tensor) -> bool:
-    """Whether a matrix or filter holds one constant, or the uniform noise that torch.nn layers start from.
+    """Whether a matrix or filter holds one constant, or what torch.nn layers start from.
 
-    ``torch.nn.Linear`` and the convolutions draw from U(-b, b) with b = 1 / sqrt(fan_in): a sharp edge at b and
-    a variance of b**2 / 3, which training does not leave in place.
+    ``torch.nn.Linear`` and the convolutions draw from U(-b, b) with b = 1 / sqrt(fan_in): a sharp
+    edge at b and a variance of b**2 / 3, which training does not leave in place.
     """
     if param.ndim < 2 or param.numel() < 2 or param.is_meta or not param.is_floating_point():
         return False
@@ -40,8 +40,10 @@ def warn_of_fresh_layers(members: Iterable[Member]) -> None:
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
-            f"{shown} will be mixed but looks freshly initialised: such a layer has no pretrained weights worth "
-            "returning to and would hardly learn. Exclude it (exclude='head.*', with a base built from "
+            f"{shown} will be mixed but looks freshly initialised: such a layer has no pretrained "
+            "weights worth "
+            "returning to and would hardly learn. Exclude it (exclude='head.*', with a base built "
+            "from "
             "model.named_parameters()) or give its parameter group mask_prob=0",
             stacklevel=3,
         )

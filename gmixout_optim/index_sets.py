@@ -1,12 +1,13 @@
 """Counter-based index sets: which cells of a tensor are active in an episode.
 
-Whether a cell is active is a pure function of ``(seed, tensor, episode, global cell index)``. Nothing is
-drawn from a generator with a state, so the same set comes out on every device, on every rank, eager or
-compiled, for a whole tensor or for a shard of it, and a checkpoint needs a seed and a counter only.
+Whether a cell is active is a pure function of ``(seed, tensor, episode, global cell index)``.
+Nothing is drawn from a generator with a state, so the same set comes out on every device, on every
+rank, eager or compiled, for a whole tensor or for a shard of it, and a checkpoint needs a seed and
+a counter only.
 
 The randomness is SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"): a 64-bit finaliser (variant 13 of Stafford's) over a counter that advances by the golden
-ratio, started at a key that is itself hashed from ``(seed, tensor, episode)``.
+generators"): a 64-bit finaliser (variant 13 of Stafford's) over a counter that advances by the
+golden ratio, started at a key that is itself hashed from ``(seed, tensor, episode)``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 Sampler = Literal["stratified", "bernoulli"]
 
-# A number that changes from episode to episode: 0-d tensors where code is compiled, so that it need not be again.
+# A number that changes from episode to episode: 0-d tensors where code is compiled, so that it need
+# not be again.
 Number = int | Tensor
 
 SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
@@ -28,10 +30,12 @@ SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
 # Cell indices are stored as int32, and the products below stay inside int64.
 MAX_CELLS = 2**31 - 1
 
-# On a CPU the chunks stay in cache (several times faster than whole tensors); on a GPU launches are what costs.
+# On a CPU the chunks stay in cache (several times faster than whole tensors); on a GPU launches are
+# what costs.
 CPU_CHUNK = 1 << 17
 
-# The set of draws that one key owns: counter 0 places the strata, counter i + 1 belongs to stratum or cell i.
+# The set of draws that one key owns: counter 0 places the strata, counter i + 1 belongs to stratum
+# or cell i.
 _ROTATION_COUNTER = 0
 _FIRST_COUNTER = 1
 
@@ -71,7 +75,7 @@ def random_bits(key: Number, counter: Tensor) -> Tensor:
 
 
 def _below(bits: Tensor, bound: Number) -> Tensor:
-    """Uniform integers in [0, bound) for bound < 2**31, from the upper half of the bits (multiply and shift)."""
+    """Uniform integers in [0, bound) for bound < 2**31, from the upper half of the bits."""
     return (((bits >> 32) & 0xFFFFFFFF) * bound) >> 32
 
 
@@ -83,7 +87,7 @@ def _finalise_int(x: int) -> int:
 
 
 def episode_key(seed: int, tensor: int, episode: int, *purpose: int) -> int:
-    """The key of one tensor's stream in one episode, as an int64 value; further streams have a ``purpose``.
+    """The key (int64) of a tensor's stream in an episode; further streams have a ``purpose``.
 
     The numbers enter one after the other, each through the finaliser, so that neighbouring seeds,
     tensors and episodes start at unrelated places of the one sequence of period 2**64.
@@ -100,10 +104,10 @@ def active_count(cells: int, density: float) -> int:
 
 
 class _Strata:
-    """``size`` consecutive integer strata of ``range(cells)``, their lengths differing by at most one.
+    """``size`` consecutive integer strata of ``range(cells)``, as equal in length as can be.
 
-    Stratum j starts at ``(j * step) >> shift``, a fixed-point form of ``floor(j * cells / size)`` that needs no
-    division and cannot overflow for ``cells`` up to :data:`MAX_CELLS`.
+    Stratum j starts at ``(j * step) >> shift``, a fixed-point form of ``floor(j * cells / size)``
+    that needs no division and cannot overflow for ``cells`` up to :data:`MAX_CELLS`.
     """
 
     def __init__(self, cells: int, size: int) -> None:
@@ -140,8 +144,8 @@ def stratified_cells(
 ) -> Tensor:
     """The active cells of the circularly consecutive strata ``first + order``, as int32.
 
-    Tensor arithmetic only, and every number may be a 0-d tensor: compiled once, it serves all tensors and
-    episodes.
+    Tensor arithmetic only, and every number may be a 0-d tensor: compiled once, it serves all
+    tensors and episodes.
     """
     j = order + first
     j = torch.where(j >= size, j - size, j)
@@ -150,7 +154,7 @@ def stratified_cells(
 
 
 def bernoulli_mask(cell: Tensor, key: Number, density: float) -> Tensor:
-    """Whether each cell (int64 global indices) is active, independently with probability ``density``."""
+    """Whether each cell (int64 global index) is active, with probability ``density``."""
     last = max(0, int(density * 2.0**64) - 1) - 2**63
     return random_bits(key, cell + _FIRST_COUNTER) <= last
 
@@ -176,11 +180,13 @@ def active_cells(
         seed: the run's seed.
         tensor: the number of the tensor in its optimizer.
         episode: the number of the episode.
-        sampler: ``"stratified"``: exactly ``max(1, round(d * cells))`` cells of the whole tensor, one from
-            each of as many strata of the cell range, the strata rotated by a random offset, so that every
-            cell is active with the same probability; ``"bernoulli"``: each cell independently.
-        start, stop: the part of the cells asked for (a shard); the whole tensor without. A part is exactly
-            the intersection of the whole set with the range, and costs in proportion to its length.
+        sampler: ``"stratified"``: exactly ``max(1, round(d * cells))`` cells of the whole tensor,
+            one from each of as many strata of the cell range, the strata rotated by a random
+            offset, so that every cell is active with the same probability; ``"bernoulli"``: each
+            cell independently.
+        start, stop: the part of the cells asked for (a shard); the whole tensor without. A part is
+            exactly the intersection of the whole set with the range, and costs in proportion to its
+            length.
         device: where the indices are made.
         kernel: :func:`stratified_cells` or a compiled form of it.
 
@@ -190,7 +196,8 @@ def active_cells(
     stop = cells if stop is None else stop
     if not 0 <= start <= stop <= cells <= MAX_CELLS:
         raise ValueError(
-            f"active_cells needs 0 <= start <= stop <= cells <= {MAX_CELLS}, got start={start}, stop={stop}, "
+            f"active_cells needs 0 <= start <= stop <= cells <= {MAX_CELLS}, got start={start}, "
+            f"stop={stop}, "
             f"cells={cells}; a tensor with more cells needs a wider granularity"
         )
     if not 0 < density <= 1:
@@ -230,18 +237,19 @@ def active_cells_in_block(
 ) -> Tensor:
     """The active cells inside a rectangular block of a tensor whose cells form a grid of ``shape``.
 
-    Cells are numbered in row-major order over the grid. ``offsets`` and ``sizes`` (as long as ``shape``) place
-    the block. The other arguments are those of :func:`active_cells`.
+    Cells are numbered in row-major order over the grid. ``offsets`` and ``sizes`` (as long as
+    ``shape``) place the block. The other arguments are those of :func:`active_cells`.
 
     Returns:
-        int32 tensor of row-major cell indices *inside the block*, sorted and unique: exactly the part of the
-        whole set that the block holds.
+        int32 tensor of row-major cell indices *inside the block*, sorted and unique: exactly the
+        part of the whole set that the block holds.
     """
     if not len(shape) == len(offsets) == len(sizes) or any(
         not 0 <= o <= o + s <= n for n, o, s in zip(shape, offsets, sizes, strict=True)
     ):
         raise ValueError(
-            f"the block at offsets={tuple(offsets)} of sizes={tuple(sizes)} does not lie in a grid of "
+            f"the block at offsets={tuple(offsets)} of sizes={tuple(sizes)} does not lie in a grid "
+            "of "
             f"shape={tuple(shape)}"
         )
     if prod(sizes) == 0:
@@ -293,10 +301,10 @@ def _active_bernoulli(
 def _strata_in_range(
     strata: _Strata, key: int, rotation: int, start: int, stop: int
 ) -> tuple[int, int]:
-    """The first stratum (in circular order) and the number of strata whose picks lie in the cell range.
+    """The first stratum, in circular order, and the number of those with picks in the range.
 
-    Only the two strata that the range's ends cut can have their pick outside, and these two are looked at on
-    the host: no device has to be asked how many cells there are.
+    Only the two strata that the range's ends cut can have their pick outside, and these two are
+    looked at on the host: no device has to be asked how many cells there are.
     """
     low = (start - rotation) % strata.cells
     high = low + (stop - start) - 1

@@ -32,11 +32,11 @@ class Layout(ABC):
 
     @abstractmethod
     def step(self, closure: Closure | None) -> Any:
-        """One step of the base; afterwards the model computes with theta. Returns the closure's loss."""
+        """One step of the base; then the model computes with theta. Returns the closure's loss."""
 
     @abstractmethod
     def _begin_episodes(self, members: list[Member]) -> None:
-        """Take redrawn index sets into use, and make the base's state fresh where it starts anew."""
+        """Take redrawn index sets into use; where the base starts anew, its state is fresh."""
 
     @abstractmethod
     def take_over(self, member: Member) -> None:
@@ -45,13 +45,14 @@ class Layout(ABC):
     # Slots
 
     def slot(self, member: Member) -> Slot:
-        """The member's slot, opened at its first use and moved to wherever its parameter has gone."""
+        """The member's slot, opened at its first use and moved to where its parameter is."""
         slot, cells = member.slot, member.cells
         if slot is None:
             slot = member.slot = self.residual.open(member)
         elif slot.form != cells.form:
             raise RuntimeError(
-                f"{member.name} was {slot.form[0]} of shape {tuple(slot.form[1])} and is {cells.form[0]} of "
+                f"{member.name} was {slot.form[0]} of shape {tuple(slot.form[1])} and is "
+                f"{cells.form[0]} of "
                 f"shape {tuple(cells.form[1])} now: convert the model before its optimizer is built"
             )
         elif slot.placement != cells.placement:
@@ -83,7 +84,7 @@ class Layout(ABC):
             self.base.state[member.param][KEY] = kept_tensors(slot_of(member))
 
     def hide_slots(self) -> None:
-        """Undo :meth:`show_slots`: an optimizer may take an entry for a state that is initialised."""
+        """Undo :meth:`show_slots`: an optimizer takes any entry for an initialised state."""
         state = self.base.state
         for member in self.members.trained():
             entry = state.get(member.param)
@@ -95,7 +96,7 @@ class Layout(ABC):
     # Episodes
 
     def end_episode(self, skip_written: bool = False) -> list[Member]:
-        """Move the anchors; ``skip_written`` leaves tensors alone that were written since the last step.
+        """Move the anchors; ``skip_written`` skips tensors written since the last step.
 
         Returns the members whose anchors moved toward what somebody else wrote in this episode.
         """
@@ -125,7 +126,7 @@ class Layout(ABC):
         return any(slot_of(member).live is not None for member in self.members.trained())
 
     def show_deployed(self) -> list[Member]:
-        """Put the weights to deploy into the model, but for tensors that were written since the last step.
+        """Put the weights to deploy into tensors that were not written since the last step.
 
         Returns these. After a failure the model is as it was.
         """

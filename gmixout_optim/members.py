@@ -22,8 +22,8 @@ class Slot:
 
     Attributes:
         anchor: A, packed on the active cells; dense with the persistent residual.
-        value: what the base trains (phi, or U), where the model does not hold it: below float32, with
-            rescaling, and dense with the persistent residual. Else None.
+        value: what the base trains (phi, or U), where the model does not hold it: below float32,
+            with rescaling, and dense with the persistent residual. Else None.
         placement, form: device and strides, dtype and shape of the parameter it was made for.
         version: of the parameter when the library last wrote or read all of it; None where that is
             not known, after loading, copying or moving.
@@ -98,7 +98,7 @@ class Member:
         return self.cells.dither(self.run.seed, self.run.episode)
 
     def index(self, *kernel: Callable[..., Tensor]) -> Tensor:
-        """Where its active cells lie in the running episode; drawn once, with ``kernel`` if given."""
+        """Where its active cells lie in the running episode; drawn once, by ``kernel`` if given."""
         draws, grid, device = self.run.draws, self.cells.grid, self.param.device
         kept = self._index
         if kept is None or kept[0] != draws or kept[1] is not grid or kept[2].device != device:
@@ -120,8 +120,10 @@ class Member:
         grad = self.cells.gradient
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(
-                f"the gradient of {self.name} is sparse ({grad.layout}), which cannot be mixed: build the "
-                "layer with dense gradients (torch.nn.Embedding(..., sparse=False)) or exclude the parameter"
+                f"the gradient of {self.name} is sparse ({grad.layout}), which cannot be mixed: "
+                "build the "
+                "layer with dense gradients (torch.nn.Embedding(..., sparse=False)) or exclude the "
+                "parameter"
             )
 
 
@@ -219,7 +221,7 @@ class Members:
             self._of[member.param] = member
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Raise where a group was changed in what is fixed, or to an impossible ``anchor_decay``."""
+        """Raise where a group's fixed settings changed, or its ``anchor_decay`` is impossible."""
         for number, group in enumerate(groups):
             if group.get(KEY) is not self.run:
                 raise RuntimeError(
@@ -232,8 +234,10 @@ class Members:
             fixed = (group["mask_prob"], group["granularity"])
             if fixed != (cells.mask_prob, cells.granularity):
                 raise ValueError(
-                    f"mask_prob={fixed[0]!r} and granularity={fixed[1]!r} in the group of {member.name} "
-                    f"differ from the {cells.mask_prob!r} and {cells.granularity!r} that it was wrapped "
+                    f"mask_prob={fixed[0]!r} and granularity={fixed[1]!r} in the group of "
+                    f"{member.name} "
+                    f"differ from the {cells.mask_prob!r} and {cells.granularity!r} that it was "
+                    "wrapped "
                     "with: they are fixed; wrap a new base to change them"
                 )
 
@@ -242,7 +246,8 @@ def _check_parameter(name: str, param: Tensor) -> None:
     """Raise for a parameter that cannot be mixed."""
     if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
         raise TypeError(
-            f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallel) cannot be mixed yet; give "
+            f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallel) cannot be mixed "
+            "yet; give "
             "its group mask_prob=0, or use DistributedDataParallel"
         )
     if param.layout != torch.strided:

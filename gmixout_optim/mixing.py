@@ -1,8 +1,8 @@
-"""The arithmetic of the method: pure functions on lists of tensors that touch the active cells only.
+"""The arithmetic of the method: pure functions that touch the active cells only.
 
-Throughout, ``views`` and ``indices`` are those of :class:`gmixout_optim.cells.Grid`: tensors of shape
-(cells,), (cells, inner) or (outer, cells, inner), and int32 or int64 tensors of shape (m,). *Packed*
-tensors are vectors of the active cells' elements, outer * m * inner of them.
+Throughout, ``views`` and ``indices`` are those of :class:`gmixout_optim.cells.Grid`: tensors of
+shape (cells,), (cells, inner) or (outer, cells, inner), and int32 or int64 tensors of shape (m,).
+*Packed* tensors are vectors of the active cells' elements, outer * m * inner of them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def narrowed(packed: Tensor, dtype: torch.dtype, index: Tensor, dither: Dither |
 
 
 def model_values(anchor: Tensor, value: Tensor, scale: float) -> Tensor:
-    """theta = A + s * (phi - A): what the model computes with where the wrapped optimizer trains phi.
+    """theta = A + s * (phi - A): what the model computes with where the base trains phi.
 
     Without rescaling (s = 1) that is phi itself, bit for bit. Shape and dtype of ``value``.
     """
@@ -80,7 +80,7 @@ def model_values(anchor: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def trained_values(anchor: Tensor, theta: Tensor, scale: float) -> Tensor:
-    """phi = A + (theta - A) / s, the inverse of :func:`model_values`. Shape and dtype of ``anchor``."""
+    """phi = A + (theta - A) / s, in shape and dtype of ``anchor``: undoes :func:`model_values`."""
     theta = theta.to(anchor.dtype)
     return theta if scale == 1 else torch.add(anchor, theta - anchor, alpha=1 / scale)
 
@@ -89,8 +89,8 @@ def moved_anchor(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
     """The anchor's step at an episode's end, A <- lam * A + (1 - lam) * theta (arXiv 2510.06982).
 
     Computed as an interpolation: each result lies between its two ends, is the anchor itself where
-    nothing was learned or lam = 1, and the trained value itself, bit for bit, for lam = 0. Shape and
-    dtype of ``value``.
+    nothing was learned or lam = 1, and the trained value itself, bit for bit, for lam = 0. Shape
+    and dtype of ``value``.
     """
     # At its two ends lerp would turn inf into nan.
     if decay == 0:

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class GMixoutOptimizer(WrappingOptimizer):
-    r"""Wraps any :class:`torch.optim.Optimizer` so that a random part of the weights trains at a time.
+    r"""Wraps a torch optimizer so that a random part of the weights trains at a time.
 
-    GMixout, or Intermittent Stochastic Regularization (arXiv 2510.06982), in optimizer steps. With live
-    weights :math:`\theta`, anchor :math:`A` and active index set :math:`S` of density :math:`1 - p`, per
-    tensor:
+    GMixout, or Intermittent Stochastic Regularization (arXiv 2510.06982), in optimizer steps. With
+    live weights :math:`\theta`, anchor :math:`A` and active index set :math:`S` of density
+    :math:`1 - p`, per tensor:
 
     .. math::
         \begin{aligned}
@@ -42,64 +42,69 @@ class GMixoutOptimizer(WrappingOptimizer):
             &\theta \leftarrow A
         \end{aligned}
 
-    Off :math:`S` the live weights are the anchor, so everything is stored and computed on :math:`S` only.
-    The model holds the truth: weights that somebody else changes between two steps are what the next step
-    works on.
+    Off :math:`S` the live weights are the anchor, so everything is stored and computed on :math:`S`
+    only. The model holds the truth: weights that somebody else changes between two steps are what
+    the next step works on.
 
     Args:
-        base (Optimizer): the optimizer that does the steps, already holding the model's parameters. Its
-            groups and its state are shared: a scheduler may hold either optimizer.
-        mask_prob (float): p, the probability in [0, 1) that a weight sits at its anchor. A group with the
-            key ``mask_prob`` has its own; with 0 its parameters are not mixed, and the base trains them as
-            ever (default: 0.9)
-        exclude (str or sequence of str): glob patterns of parameter names that are not mixed, such as
-            ``"head.*"``. The base must have been built from ``model.named_parameters()`` (default: none)
-        resample_every (int, optional): k, the length of an episode in optimizer steps; None for never
-            (default: 20)
-        anchor_decay (float): lambda in [0, 1], the weight of the old anchor in its moving average; 1 keeps
-            the pretrained weights as anchor, 0 takes all that was learned. A group with the key
-            ``anchor_decay`` has its own, which may change while training (default: 0.5)
-        residual (str): ``"episodic"``: what an episode learned moves into the anchor at its end (GMixout);
-            ``"persistent"``: the learned weights are kept whole beside the anchor, and each mask shows a
-            part of them (Mixout) (default: "episodic")
-        rescale (bool): Mixout's inverted scaling: the model computes with A + (phi - A) / d, where the base
-            trains phi and d is the density that was drawn (default: False)
-        lr_scale (float or "auto"): mixed weights train with so many times their group's ``lr``, once an
-            episode has warmed up; parameters that are not mixed keep it, and so does the group. ``"auto"``:
-            1 / d on the average over an episode, with which a weight that is active in a share d of the
-            steps goes as far as the base alone would take it (at p = 0.9 it rises from 1 to 19 in an
-            episode of 20 steps); 1 with ``rescale``, the persistent residual, and LBFGS, which has one rate
-            for all (default: "auto")
-        episode_warmup (int or "auto"): steps at the start of each episode over which the learning rate of
-            mixed weights rises linearly to its full value; 0 for none. The base's state starts fresh there,
-            and a fresh Adam steps by the sign of one gradient. ``"auto"``: the whole episode; 0 with
-            ``resample_every=None``, the persistent residual, whose state goes on, LBFGS, and Rprop and
-            ASGD, which read ``lr`` ahead of the step. Steps are the episode's: call :meth:`resample` after
-            unfreezing a layer. Optimizers that want one ``lr`` in all groups need 0 here and
-            ``lr_scale=1.0`` (default: "auto")
-        granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output row or
-            filter), or a number of consecutive elements; a tensor that the number does not divide falls
-            back to elements. A group with the key ``granularity`` has its own (default: "element")
-        sampler (str): ``"stratified"``: sets of constant size, spread evenly; ``"bernoulli"``: each cell
-            independently (default: "stratified")
-        layout (str): ``"packed"``: the base works on vectors of the active values, right for element-wise
-            optimizers; ``"dense"``: on the parameters themselves, right for all; ``"auto"``: packed for
-            optimizers known to be element-wise (default: "auto")
-        grad_layout (str): ``"packed"``: as soon as backward has a mixed parameter's gradient, its active
-            part is packed and the rest is freed; ``param.grad`` is then a :class:`PackedGradient`, which
-            can be accumulated, scaled, clipped and zeroed, and refuses other operators. Needs the packed
-            layout; not for DistributedDataParallel. ``"dense"``: gradients stay as they are
-            (default: "dense")
-        stochastic_rounding (bool): write to bfloat16 and float16 parameters by stochastic instead of
-            nearest rounding, so that what is smaller than their spacing is not lost at an episode's end.
-            Trained values, anchors and the base's state are float32 either way. Needs the packed layout
-            (default: False)
-        seed (int): selects the index sets and the random bits of rounding, in [0, 2**63) (default: 0)
+        base (Optimizer): the optimizer that does the steps, already holding the model's parameters.
+            Its groups and its state are shared: a scheduler may hold either optimizer.
+        mask_prob (float): p, the probability in [0, 1) that a weight sits at its anchor. A group
+            with the key ``mask_prob`` has its own; with 0 its parameters are not mixed, and the
+            base trains them as ever (default: 0.9)
+        exclude (str or sequence of str): glob patterns of parameter names that are not mixed, such
+            as ``"head.*"``. The base must have been built from ``model.named_parameters()``
+            (default: none)
+        resample_every (int, optional): k, the length of an episode in optimizer steps; None for
+            never (default: 20)
+        anchor_decay (float): lambda in [0, 1], the weight of the old anchor in its moving average;
+            1 keeps the pretrained weights as anchor, 0 takes all that was learned. A group with the
+            key ``anchor_decay`` has its own, which may change while training (default: 0.5)
+        residual (str): ``"episodic"``: what an episode learned moves into the anchor at its end
+            (GMixout); ``"persistent"``: the learned weights are kept whole beside the anchor, and
+            each mask shows a part of them (Mixout) (default: "episodic")
+        rescale (bool): Mixout's inverted scaling: the model computes with A + (phi - A) / d, where
+            the base trains phi and d is the density that was drawn (default: False)
+        lr_scale (float or "auto"): mixed weights train with so many times their group's ``lr``,
+            once an episode has warmed up; parameters that are not mixed keep it, and so does the
+            group. ``"auto"``: 1 / d on the average over an episode, with which a weight that is
+            active in a share d of the steps goes as far as the base alone would take it (at p = 0.9
+            it rises from 1 to 19 in an episode of 20 steps); 1 with ``rescale``, the persistent
+            residual, and LBFGS, which has one rate for all (default: "auto")
+        episode_warmup (int or "auto"): steps at the start of each episode over which the learning
+            rate of mixed weights rises linearly to its full value; 0 for none. The base's state
+            starts fresh there, and a fresh Adam steps by the sign of one gradient. ``"auto"``: the
+            whole episode; 0 with ``resample_every=None``, the persistent residual, whose state goes
+            on, LBFGS, and Rprop and ASGD, which read ``lr`` ahead of the step. Steps are the
+            episode's: call :meth:`resample` after unfreezing a layer. Optimizers that want one
+            ``lr`` in all groups need 0 here and ``lr_scale=1.0`` (default: "auto")
+        granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output
+            row or filter), or a number of consecutive elements; a tensor that the number does not
+            divide falls back to elements. A group with the key ``granularity`` has its own
+            (default: "element")
+        sampler (str): ``"stratified"``: sets of constant size, spread evenly; ``"bernoulli"``: each
+            cell independently (default: "stratified")
+        layout (str): ``"packed"``: the base works on vectors of the active values, right for
+            element-wise optimizers; ``"dense"``: on the parameters themselves, right for all;
+            ``"auto"``: packed for optimizers known to be element-wise (default: "auto")
+        grad_layout (str): ``"packed"``: as soon as backward has a mixed parameter's gradient, its
+            active part is packed and the rest is freed; ``param.grad`` is then a
+            :class:`PackedGradient`, which can be accumulated, scaled, clipped and zeroed, and
+            refuses other operators. Needs the packed layout; not for DistributedDataParallel.
+            ``"dense"``: gradients stay as they are (default: "dense")
+        stochastic_rounding (bool): write to bfloat16 and float16 parameters by stochastic instead
+            of nearest rounding, so that what is smaller than their spacing is not lost at an
+            episode's end. Trained values, anchors and the base's state are float32 either way.
+            Needs the packed layout (default: False)
+        seed (int): selects the index sets and the random bits of rounding, in [0, 2**63) (default:
+            0)
         compile (bool or "auto"): run the packed step and the redraw as code fused by
-            :func:`torch.compile`. ``"auto"``: on for CUDA parameters, off otherwise (default: "auto")
+            :func:`torch.compile`. ``"auto"``: on for CUDA parameters, off otherwise (default:
+            "auto")
 
     Raises:
-        TypeError: ``base`` is not an optimizer or is a GMixoutOptimizer, or an argument has the wrong type.
+        TypeError: ``base`` is not an optimizer or is a GMixoutOptimizer, or an argument has the
+            wrong type.
         ValueError: an argument is out of range, or the layout does not fit the base.
 
     Example::
@@ -172,15 +177,15 @@ class GMixoutOptimizer(WrappingOptimizer):
     def mixout(cls, base: Optimizer, mask_prob: float = 0.9, **kwargs: Any) -> Self:
         """Mixout (Lee et al. 2020, arXiv 1909.11299), at 0.9 High-rate Mixout (arXiv 2510.06955).
 
-        A persistent residual with inverted scaling, a new mask in every step, and the pretrained weights
-        as anchor throughout. ``kwargs`` are those of the class and override these.
+        A persistent residual with inverted scaling, a new mask in every step, and the pretrained
+        weights as anchor throughout. ``kwargs`` are those of the class and override these.
         """
         mixout = dict(residual="persistent", rescale=True, resample_every=1, anchor_decay=1.0)
         return cls(base, mask_prob=mask_prob, **{**mixout, **kwargs})
 
     @classmethod
     def random_masking(cls, base: Optimizer, mask_prob: float = 0.9, **kwargs: Any) -> Self:
-        """One fixed random mask: a share 1 - ``mask_prob`` of the weights is fine-tuned, the rest never moves.
+        """One fixed mask: a share 1 - ``mask_prob`` of the weights trains, the rest never moves.
 
         ``kwargs`` are those of the class and override these.
         """
@@ -198,8 +203,8 @@ class GMixoutOptimizer(WrappingOptimizer):
             the closure's loss, None without one.
 
         Raises:
-            RuntimeError: inside :meth:`eval_weights` or after :meth:`eval`, or where a mixed parameter has
-                a sparse gradient. Nothing has changed then.
+            RuntimeError: inside :meth:`eval_weights` or after :meth:`eval`, or where a mixed
+                parameter has a sparse gradient. Nothing has changed then.
         """
         self._check_may_train("step()")
         only_creates_state = self._only_creates_state()
@@ -225,10 +230,10 @@ class GMixoutOptimizer(WrappingOptimizer):
 
     @torch.no_grad()
     def resync(self) -> None:
-        """Take the weights now in the model as the anchor, after loading others, and begin a new episode.
+        """Take the weights now in the model as the anchor, and begin a new episode.
 
-        What the running episode learned is given up, and the base starts fresh on mixed tensors (with the
-        persistent residual it keeps its state).
+        What the running episode learned is given up, and the base starts fresh on mixed tensors
+        (with the persistent residual it keeps its state).
         """
         self._refuse_while_evaluating("resync()")
         with self._working_in_base():
@@ -237,12 +242,13 @@ class GMixoutOptimizer(WrappingOptimizer):
 
     @torch.no_grad()
     def consolidate(self) -> None:
-        """End the episode, also when it is only partly run, and leave the model at the weights to deploy.
+        """End the episode, though only partly run; the model is left at the weights to deploy.
 
         Episodic: the anchor, to which the episode was added. Persistent: the mean over masks,
-        A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in it.
-        Tensors that somebody else wrote since the last step, a loaded checkpoint say, stay as they are; a
-        warning says so once. After :meth:`eval` the model keeps the weights that it shows.
+        A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in
+        it. Tensors that somebody else wrote since the last step, a loaded checkpoint say, stay as
+        they are; a warning says so once. After :meth:`eval` the model keeps the weights that it
+        shows.
         """
         self._refuse_in_step("consolidate()")
         if self._open_blocks:
@@ -265,10 +271,10 @@ class GMixoutOptimizer(WrappingOptimizer):
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
-        """The model at exactly the weights that :meth:`consolidate` would leave, inside the block only.
+        """Inside the block the model has exactly the weights that :meth:`consolidate` would leave.
 
-        For validation in mid-training. The live weights are put back bit for bit, also when the block
-        raises. ``step()`` inside raises a RuntimeError; a nested block changes nothing.
+        For validation in mid-training. The live weights are put back bit for bit, also when the
+        block raises. ``step()`` inside raises a RuntimeError; a nested block changes nothing.
         """
         if self._run.evaluating:
             yield
@@ -285,10 +291,11 @@ class GMixoutOptimizer(WrappingOptimizer):
     def eval(self) -> None:
         """Put the weights of :meth:`eval_weights` into the model until :meth:`train` is called.
 
-        The pair is for loops that call it by themselves: Hugging Face's Trainer and Accelerate do. Called
-        again it changes nothing. Tensors that somebody else wrote since the last step stay as they are; a
-        warning says so once. A checkpoint of model and optimizer saved in between holds the weights to
-        deploy in the model; a run goes on from it exactly, once :meth:`train` has been called.
+        The pair is for loops that call it by themselves: Hugging Face's Trainer and Accelerate do.
+        Called again it changes nothing. Tensors that somebody else wrote since the last step stay
+        as they are; a warning says so once. A checkpoint of model and optimizer saved in between
+        holds the weights to deploy in the model; a run goes on from it exactly, once :meth:`train`
+        has been called.
         """
         self._refuse_in_step("eval()")
         if not self._layout.shows_deployed:  # nor after consolidate(), with the persistent residual
@@ -299,8 +306,8 @@ class GMixoutOptimizer(WrappingOptimizer):
     def train(self) -> None:
         """Put the live weights back into the model after :meth:`eval`; otherwise change nothing.
 
-        Tensors that somebody else wrote since :meth:`eval` stay as they are and become the anchor; a
-        warning says so once.
+        Tensors that somebody else wrote since :meth:`eval` stay as they are and become the anchor;
+        a warning says so once.
         """
         if self._run.evaluating:
             self._warn_of_kept(self._layout.show_live(), "train()")

@@ -85,11 +85,12 @@ class PackedLayout(Layout):
         return loss
 
     def _split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
-        """The members that can be stepped past the base, in batches, and those that the base itself steps.
+        """The members to step in batches, past the base, and those that the base itself steps.
 
-        The latter are those of optimizers that are not torch's; of a base with hooks of its own, which
-        may look at the packed gradients; and where the base might refuse midway: a tensor without state,
-        which it has to create, and a group whose options are not those of the step before.
+        The latter are those of optimizers that are not torch's; of a base with hooks of its own,
+        which may look at the packed gradients; and where the base might refuse midway: a tensor
+        without state, which it has to create, and a group whose options are not those of the step
+        before.
         """
         if type(self.base) not in ELEMENTWISE or not step_is_its_own(self.base):
             return [], members
@@ -174,7 +175,8 @@ class PackedLayout(Layout):
         for key, item in state.items():
             if isinstance(item, Tensor) and type(item) is not Tensor and item.numel() > 1:
                 raise TypeError(
-                    f"base has stepped and keeps {key!r} of {member.name} as {type(item).__name__}, which "
+                    f"base has stepped and keeps {key!r} of {member.name} as "
+                    f"{type(item).__name__}, which "
                     "cannot be packed: wrap it before its first step"
                 )
         grid = member.cells.grid

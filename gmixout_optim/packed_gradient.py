@@ -39,14 +39,17 @@ _SAME_KIND = {
 
 
 class PackedGradient(Tensor):
-    """What ``param.grad`` is with ``grad_layout="packed"``: a gradient that is zero off the active weights.
+    """A gradient that is zero off the active weights, made with ``grad_layout="packed"``.
 
-    Shape, dtype and device are the parameter's. It holds the active values alone, and knows what training
-    loops do with gradients: accumulate, scale, clip, zero, norms. Anything else raises a RuntimeError.
+    Shape, dtype and device are the parameter's. It holds the active values alone, and knows what
+    training loops do with gradients: accumulate, scale, clip, zero, norms. Anything else raises a
+    RuntimeError.
 
     Attributes:
-        active: the gradient of the active weights, cell after cell: a vector in the gradient's dtype.
-        draw: the index set that it was packed for, by :attr:`Run.draws`; None for zero, which fits all.
+        active: the gradient of the active weights, cell after cell: a vector in the gradient's
+            dtype.
+        draw: the index set that it was packed for, by :attr:`Run.draws`; None for zero, which fits
+            all.
     """
 
     active: Tensor
@@ -55,8 +58,8 @@ class PackedGradient(Tensor):
     # Everything arrives at __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    # The parameter holds its gradient where the garbage collector does not look: a strong reference to
-    # the member, which holds the parameter, would keep both alive.
+    # The parameter holds its gradient where the garbage collector does not look: a strong reference
+    # to the member, which holds the parameter, would keep both alive.
     _member: weakref.ref[Member]
 
     @staticmethod
@@ -85,7 +88,8 @@ class PackedGradient(Tensor):
         """
         if self._owner() is not member:
             raise RuntimeError(
-                "a gradient was packed by another GMixoutOptimizer, which has the same parameter: use one "
+                "a gradient was packed by another GMixoutOptimizer, which has the same parameter: "
+                "use one "
                 "of them"
             )
         return self._current()
@@ -94,7 +98,8 @@ class PackedGradient(Tensor):
         member = self._member()
         if member is None:
             raise RuntimeError(
-                "the GMixoutOptimizer that packed this gradient is gone: call zero_grad() on the model"
+                "the GMixoutOptimizer that packed this gradient is gone: call zero_grad() on the "
+                "model"
             )
         return member
 
@@ -106,7 +111,8 @@ class PackedGradient(Tensor):
             return torch.zeros(size, dtype=self.dtype, device=index.device)
         if self.draw != member.run.draws:
             raise RuntimeError(
-                f"the gradient of {member.name} was packed for an episode that has ended, and other weights "
+                f"the gradient of {member.name} was packed for an episode that has ended, and "
+                "other weights "
                 "are active now: call zero_grad() before backward(), and backward() again after "
                 "resample(), resync() or load_state_dict()"
             )
@@ -153,9 +159,12 @@ class PackedGradient(Tensor):
                     return cls(values, first._member, first, first.draw)
         raise RuntimeError(
             f"{func} is not defined for a packed gradient, which a GMixoutOptimizer with "
-            "grad_layout='packed' made and which holds active weights only: read its .active, or .dense() "
-            "for zeros elsewhere; for another optimizer call zero_grad() first. Where something else owns "
-            "the gradients, as the reducer of DistributedDataParallel does, or differentiates through them, "
+            "grad_layout='packed' made and which holds active weights only: read its .active, or "
+            ".dense() "
+            "for zeros elsewhere; for another optimizer call zero_grad() first. Where something "
+            "else owns "
+            "the gradients, as the reducer of DistributedDataParallel does, or differentiates "
+            "through them, "
             "use grad_layout='dense'"
         )
 
@@ -212,7 +221,7 @@ _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def pack_gradients(member: Member) -> None:
-    """From the next backward on, ``param.grad`` is packed as soon as it is there, and the dense one freed.
+    """From the next backward on ``param.grad`` is packed, and the dense gradient freed.
 
     Does nothing for a frozen parameter, on which torch takes no hook.
     """

@@ -1,7 +1,7 @@
-"""One step on packed values: gather the active weights and gradients, step the base, write them back.
+"""One step on packed values: gather weights and gradients, step the base, write back.
 
-:func:`packed_step` is all of it. It is called with the base itself, or with a plain form of the base on
-a few tensors at a time, eagerly or compiled.
+:func:`packed_step` is all of it. It is called with the base itself, or with a plain form of the
+base on a few tensors at a time, eagerly or compiled.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def packed_step(
 def _used_gradient(
     index: Tensor, value: Tensor, given: tuple[Tensor, bool], scale: float
 ) -> Tensor:
-    """The gradient with respect to the packed values, s * grad on the active cells, in their dtype."""
+    """The gradient of the packed values: s * grad on the active cells, in their dtype."""
     grad, packed = given
     active = grad if packed else mixing.gather_gradient(grad, index)
     active = active if active.dtype == value.dtype else active.to(value.dtype)
@@ -107,7 +107,7 @@ def step_plain(
     plain: type,
     options: dict[str, Any],
 ) -> None:
-    """Steps :func:`without_optimizer` of the base's class, with the options of a parameter group."""
+    """Steps :func:`without_optimizer` of the base's class, with a group's options."""
     for value, grad in zip(trained, grads, strict=True):
         value.grad = grad
     base: Any = object.__new__(plain)
@@ -208,7 +208,7 @@ class SettledGroups:
 
 
 def form_of_options(options: Any, numbers: bool) -> Hashable:
-    """What a step depends on of options: all but the values in tensors, and other numbers if ``numbers``."""
+    """What a step depends on of options: not the values in tensors; numbers if ``numbers``."""
     if isinstance(options, dict):
         return tuple((key, form_of_options(item, numbers)) for key, item in options.items())
     if isinstance(options, list | tuple):

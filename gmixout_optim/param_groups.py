@@ -40,7 +40,7 @@ def check_patterns(argument: str, value: Any) -> tuple[str, ...]:
 
 
 def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
-    """The patterns, which must be able to match: against named parameters, and at least one of them."""
+    """The patterns, at least one of which must match a named parameter."""
     patterns = check_patterns("exclude", value)
     if not patterns:
         return patterns
@@ -51,7 +51,8 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
     names = [name for group in groups for name in group["param_names"]]
     unused = _unmatched(patterns, names)
     message = (
-        f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}, and 'head.*' matches "
+        f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}, and "
+        "'head.*' matches "
         "all parameters of the module 'head'"
     )
     if len(unused) == len(patterns):
@@ -84,8 +85,9 @@ def mixout_param_groups(
         exclude: glob patterns of further parameters not to mix.
 
     Returns:
-        up to three groups of ``(name, parameter)`` pairs, with ``mask_prob`` and ``weight_decay`` set:
-        mixed tensors, unmixed tensors of two or more dimensions, unmixed tensors of fewer and those of
+        up to three groups of ``(name, parameter)`` pairs, with ``mask_prob`` and ``weight_decay``
+        set: mixed tensors, unmixed tensors of two or more dimensions, unmixed tensors of fewer and
+            those of
         norms. Empty groups are left out.
 
     Raises:
@@ -105,7 +107,8 @@ def mixout_param_groups(
     all_names = [name for name, _ in model.named_parameters()]
     for pattern in _unmatched(patterns, all_names):
         raise ValueError(
-            f"head/exclude pattern {pattern!r} matches no parameter of the model; its names look like "
+            f"head/exclude pattern {pattern!r} matches no parameter of the model; its names look "
+            "like "
             f"{', '.join(map(repr, all_names[:3]))}"
         )
     of_norms = {

@@ -19,8 +19,8 @@ class Rates:
         lr_scale: of the constructor: the full rate, or "auto".
         warmup: steps of an episode over which the rate rises to the full one; 0 for none.
         resample_every: k.
-        keeps_size: whether what is learned keeps its size (rescaling, the persistent residual, a base
-            with one rate for all), so that "auto" is 1 instead of 1 / d on the average.
+        keeps_size: whether what is learned keeps its size (rescaling, the persistent residual, a
+            base with one rate for all), so that "auto" is 1 instead of 1 / d on the average.
     """
 
     lr_scale: float | Literal["auto"]
@@ -64,13 +64,14 @@ def shown_groups(
     rates: Mapping[Tensor, float],
     lent: Mapping[Tensor, Tensor | None] | None = None,
 ) -> Iterator[None]:
-    """Inside the block the base's groups hold what it is to step, at the rates that it is to step at.
+    """Inside the block the base's groups hold what it is to step, at the rates for it.
 
-    A group whose parameters train at several rates is shown as several groups. If the base changes its
-    lr, the change persists.
+    A group whose parameters train at several rates is shown as several groups. If the base changes
+    its lr, the change persists.
 
     Args:
-        rates: how many times its group's learning rate a parameter trains with, 1 where it is missing.
+        rates: how many times its group's learning rate a parameter trains with, 1 where it is
+            missing.
         lent: what is shown in place of a parameter; None hides it.
     """
     lent = lent or {}

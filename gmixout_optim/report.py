@@ -25,8 +25,8 @@ class TensorReport:
         note: why it is not, or what is particular.
         density: share of its cells that are active, 1.0 for an unmixed one.
         width: elements in a cell.
-        drift: root mean square of theta - A over the active weights, relative to that of A; None where it
-            is not mixed or was not trained in this episode, and where A is zero.
+        drift: root mean square of theta - A over the active weights, relative to that of A; None
+            where it is not mixed or was not trained in this episode, and where A is zero.
         state_bytes: bytes of the base's state.
         value_bytes: bytes of what is trained, where the model does not hold it.
         anchor_bytes, index_bytes: bytes of the anchor and the index set.
@@ -53,7 +53,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What :meth:`GMixoutOptimizer.report` returns; ``print`` shows a table, :meth:`to_dict` is for loggers."""
+    """What :meth:`GMixoutOptimizer.report` returns; ``print`` shows a table."""
 
     base: str
     residual: str
@@ -81,7 +81,8 @@ class Report:
         rows += [_row(tensor) for tensor in self.tensors]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
-            f"GMixout around {self.base}: {self.residual} residual, {self.layout} layout, {self.sampler} sampler; "
+            f"GMixout around {self.base}: {self.residual} residual, {self.layout} layout, "
+            f"{self.sampler} sampler; "
             f"episode {self.episode}, step {self.steps_in_episode}",
             f"{len(mixed)} of {len(self.tensors)} tensors mixed, "
             f"{covered / max(1, weights):.1%} of {weights:,} weights",

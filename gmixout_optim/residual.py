@@ -1,8 +1,8 @@
 """What a mixed tensor learns in an episode: kept, shown in the model, and moved into the anchor.
 
-theta are the live weights, A the anchor, S the active cells, phi or U what the base trains. *The model
-holds the truth*: what can be read from it is not kept, and where it no longer holds what was written,
-the model wins.
+theta are the live weights, A the anchor, S the active cells, phi or U what the base trains. *The
+model holds the truth*: what can be read from it is not kept, and where it no longer holds what was
+written, the model wins.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gmixout_optim.members import Member, Slot
 
 
 class Loan(NamedTuple):
-    """What it takes to undo :meth:`Residual.lend`: the whole parameter as it was, and the slot's value."""
+    """The whole parameter as it was before :meth:`Residual.lend`, and the slot's value."""
 
     whole: Tensor
     value: Tensor | None
 
 
 class Residual(ABC):
-    """The arithmetic of the method on one tensor, which has a slot in all methods but :meth:`open`."""
+    """The method on one tensor, which has a slot in all methods but :meth:`open`."""
 
     # Whether anchor and value have the parameter's shape and strides, or are packed.
     keeps_whole_tensors: bool
@@ -53,7 +53,7 @@ class Residual(ABC):
         slot.version = member.cells.version
 
     def show_deployed(self, member: Member) -> None:
-        """Put the weights to deploy into the model; the live ones are kept until :meth:`show_live`."""
+        """Put the weights to deploy into the model, until :meth:`show_live`."""
         slot = slot_of(member)
         self.catch_up(member)
         live, deployed = self.theta(member), self.deployed(member)
@@ -153,10 +153,11 @@ class Residual(ABC):
 
 
 class EpisodicResidual(Residual):
-    """GMixout: theta is trained on S, where a packed anchor is kept; off S the weights are the anchor.
+    """GMixout: theta is trained on S, with a packed anchor; off S the weights are the anchor.
 
     Args:
-        wide: whether values and anchors are kept in at least float32, whatever the parameter's dtype.
+        wide: whether values and anchors are kept in at least float32, whatever the parameter's
+            dtype.
     """
 
     keeps_whole_tensors = False
@@ -232,7 +233,7 @@ class EpisodicResidual(Residual):
 
 
 class PersistentResidual(Residual):
-    """Mixout: U is trained whole and kept across redraws; the mask only says where the model shows it.
+    """Mixout: U is trained whole and kept across redraws; the mask says where it is shown.
 
     ``value`` (U) and ``anchor`` are dense, in the parameter's dtype and with its strides.
     """
@@ -319,8 +320,10 @@ def fitting(saved: dict[str, Any], key: str, like: Tensor, name: str) -> Tensor:
         raise ValueError(f"state_dict holds no tensor {key!r} for {name}: it is damaged")
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise ValueError(
-            f"state_dict holds {key!r} of {name} with shape {tuple(tensor.shape)} and {tensor.dtype}, but "
-            f"this optimizer needs {tuple(like.shape)} and {like.dtype}: it belongs to another model or "
+            f"state_dict holds {key!r} of {name} with shape {tuple(tensor.shape)} and "
+            f"{tensor.dtype}, but "
+            f"this optimizer needs {tuple(like.shape)} and {like.dtype}: it belongs to another "
+            "model or "
             "other settings"
         )
     return tensor.detach().to(like.device, copy=True)

@@ -18,21 +18,22 @@ _FRACTION_BITS = 20
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """Round to one of the two neighbours in ``dtype``, up with the probability that makes the mean exact.
+    """Round to a neighbour in ``dtype``, up with the probability that makes the mean exact.
 
     A value between neighbours a < b becomes b with probability (value - a) / (b - a) over uniform
-    ``random``; a value that ``dtype`` can hold does not change. For given bits the function is monotone:
-    a larger value is never rounded lower. (Gupta et al. 2015, arXiv 1502.02551, section 3.1.)
+    ``random``; a value that ``dtype`` can hold does not change. For given bits the function is
+    monotone: a larger value is never rounded lower. (Gupta et al. 2015, arXiv 1502.02551, section
+        3.1.)
 
     Args:
         values: float32.
         dtype: torch.bfloat16 or torch.float16.
-        random: 32 random bits for each value, in an integer tensor of the same shape (higher bits do
-            not matter).
+        random: 32 random bits for each value, in an integer tensor of the same shape (higher bits
+            do not matter).
 
     Returns:
-        a tensor of ``dtype``. nan and infinities stay; a value beyond the largest finite one rounds to
-        that or to infinity.
+        a tensor of ``dtype``. nan and infinities stay; a value beyond the largest finite one rounds
+        to that or to infinity.
     """
     dropped = _DROPPED_BITS[dtype]
     mask = (1 << dropped) - 1

@@ -26,8 +26,8 @@ ResidualName = Literal["episodic", "persistent"]
 LayoutName = Literal["auto", "packed", "dense"]
 GradLayout = Literal["dense", "packed"]
 
-# Under this name state and groups hold what is the wrapper's: tensors in the state and scalars in the
-# groups, so that tools which know torch's format (torch.distributed.checkpoint) keep them.
+# Under this name state and groups hold what is the wrapper's: tensors in the state and scalars in
+# the groups, so that tools which know torch's format (torch.distributed.checkpoint) keep them.
 KEY = "gmixout"
 
 # Version of the state dict's format.
@@ -47,8 +47,8 @@ class Run:
         episode_warmup: the number of steps, "auto" being resolved.
         layout: "packed" or "dense", "auto" being resolved.
         evaluating: whether the model shows the weights to deploy, after eval().
-        draws: counts the index sets that were drawn or loaded; it tells a gradient of another episode.
-            Never saved, nor are gradients.
+        draws: counts the index sets that were drawn or loaded; it tells a gradient of another
+            episode. Never saved, nor are gradients.
     """
 
     base: str
@@ -127,7 +127,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> Any:
 def check_mask_prob(value: Any) -> float:
     if not 0 <= _check_number("mask_prob", value) < 1:
         raise ValueError(
-            f"mask_prob must be in [0, 1), got {value!r}: it is the probability that a weight sits at "
+            f"mask_prob must be in [0, 1), got {value!r}: it is the probability that a weight sits "
+            "at "
             "its anchor"
         )
     return float(value)
@@ -136,7 +137,8 @@ def check_mask_prob(value: Any) -> float:
 def check_anchor_decay(value: Any) -> float:
     if not 0 <= _check_number("anchor_decay", value) <= 1:
         raise ValueError(
-            f"anchor_decay must be in [0, 1], got {value!r}: it is the weight of the old anchor in its "
+            f"anchor_decay must be in [0, 1], got {value!r}: it is the weight of the old anchor in "
+            "its "
             "moving average"
         )
     return float(value)
@@ -158,7 +160,8 @@ def _check_lr_scale(value: Any) -> float | str:
     expected = "a positive number or 'auto'"
     if not 0 < _check_number("lr_scale", value, expected) < math.inf:
         raise ValueError(
-            f"lr_scale must be {expected}, got {value!r}: active weights train with so many times their "
+            f"lr_scale must be {expected}, got {value!r}: active weights train with so many times "
+            "their "
             "group's learning rate"
         )
     return float(value)
@@ -209,20 +212,22 @@ def check_compile(value: Any) -> bool | Literal["auto"]:
 def check_base(base: Any, wrapper: type[Optimizer]) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(
-            f"base must be a torch.optim.Optimizer instance, got {base!r} of type {type(base).__name__}: "
+            f"base must be a torch.optim.Optimizer instance, got {base!r} of type "
+            f"{type(base).__name__}: "
             "build it with the model's parameters first"
         )
     if isinstance(base, wrapper):
         raise TypeError(f"base is already a {wrapper.__name__}: wrap an optimizer once")
     if any(KEY in group for group in base.param_groups):
         raise ValueError(
-            f"base is held by another {wrapper.__name__} already: build a new {type(base).__name__} to "
+            f"base is held by another {wrapper.__name__} already: build a new "
+            f"{type(base).__name__} to "
             "wrap"
         )
 
 
 def make_run(base: Optimizer, **given: Any) -> Run:
-    """The run of a wrapped base, its settings checked; "auto" stays where mixed parameters decide."""
+    """The run of a wrapped base, its settings checked."""
     run = Run(base=type(base).__name__, **{key: _RUN_CHECKS[key](given[key]) for key in given})
     if run.episode_warmup == "auto":  # type: ignore[comparison-overlap]
         starts_fresh = run.residual == "episodic" and follows_lr(base)
@@ -257,18 +262,22 @@ def _check_base_can_mix(base: Optimizer, run: Run) -> None:
     kind, name = type(base), type(base).__name__
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(
-            f"base={name} has differentiable=True: a step on mixed parameters cannot be differentiated "
+            f"base={name} has differentiable=True: a step on mixed parameters cannot be "
+            "differentiated "
             "through"
         )
     if has_modes(base):
         raise ValueError(
-            f"base={name} has train() and eval(): it keeps weights of its own to evaluate, and which of "
-            "the two would be deployed is not defined; use it alone, or wrap an optimizer without them"
+            f"base={name} has train() and eval(): it keeps weights of its own to evaluate, and "
+            "which of "
+            "the two would be deployed is not defined; use it alone, or wrap an optimizer without "
+            "them"
         )
     given = {"lr_scale": run.lr_scale not in ("auto", 1), "episode_warmup": run.episode_warmup > 0}
     for argument in [key for key, is_given in given.items() if is_given and not has_rates(base)]:
         raise ValueError(
-            f"{argument}={getattr(run, argument)!r} does not fit base={name}, which steps all weights at "
+            f"{argument}={getattr(run, argument)!r} does not fit base={name}, which steps all "
+            "weights at "
             "one rate: leave it out, and set or schedule the base's lr"
         )
     if kind in REFUSED:
@@ -287,12 +296,14 @@ def check_grad_layout(run: Run, value: Any) -> bool:
     )
     if packed:
         raise ValueError(
-            f"grad_layout='packed' needs layout='packed': {reason}, and so it needs whole gradients; use "
+            f"grad_layout='packed' needs layout='packed': {reason}, and so it needs whole "
+            "gradients; use "
             "grad_layout='dense'"
         )
     if run.stochastic_rounding:
         raise ValueError(
-            f"stochastic_rounding=True needs layout='packed': {reason}, in the parameters' own dtype, "
+            f"stochastic_rounding=True needs layout='packed': {reason}, in the parameters' own "
+            "dtype, "
             "and there is nothing to round; use stochastic_rounding=False"
         )
     return packed
@@ -302,7 +313,8 @@ def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:
     """Raise where a saved run is damaged, or has other settings than this one."""
     if saved.get("version") != VERSION:
         raise ValueError(
-            f"state_dict has format version {saved.get('version')!r}, this library reads versions up to "
+            f"state_dict has format version {saved.get('version')!r}, this library reads versions "
+            "up to "
             f"{VERSION}"
         )
     for key in PROGRESS:
@@ -313,7 +325,8 @@ def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:
     k = run.resample_every
     if saved["seed"] >= 2**63 or (k is not None and saved["steps_in_episode"] >= k):
         raise ValueError(
-            f"state_dict has seed={saved['seed']} and steps_in_episode={saved['steps_in_episode']} in "
+            f"state_dict has seed={saved['seed']} and steps_in_episode={saved['steps_in_episode']} "
+            "in "
             f"{where}, of resample_every={k}: it is damaged"
         )
     for field in fields(run):
@@ -342,8 +355,10 @@ def up_to_date(run: dict[str, Any]) -> dict[str, Any]:
         run = {**run, **_ADDED[newer]}
     if run.get("carry_state"):
         raise ValueError(
-            "state_dict was saved with carry_state=True, which is no longer there: it gained nothing, and "
-            "with some optimizers it started weights at wrong states. Finish that run with the version of "
+            "state_dict was saved with carry_state=True, which is no longer there: it gained "
+            "nothing, and "
+            "with some optimizers it started weights at wrong states. Finish that run with the "
+            "version of "
             "the library that began it, or start a new one from its weights"
         )
     lr_scale = run.get("lr_scale")

@@ -1,4 +1,4 @@
-"""An optimizer around another: torch's contract for groups, state, state dicts, copies and hooks."""
+"""An optimizer around another: groups, state, state dicts, copies and hooks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class WrappingOptimizer(Optimizer):
         self._open_blocks = 0
         self._warned: set[str] = set()
         self._resample_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
-        # Optimizer.__init__ would make groups and a state of its own. This sets up hooks and step alone.
+        # Optimizer.__init__ would make groups and a state of its own. This sets up hooks and step
+        # alone.
         super().__setstate__({"defaults": {**base.defaults, **self._members.defaults}})
         self._adopt(base.param_groups, mixed)
         guard(base)
@@ -57,7 +58,7 @@ class WrappingOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base's state, keyed by the model's parameters; packed where the base works on packed vectors.
+        """The base's state by parameter; packed where the base works on packed vectors.
 
         Under ``"gmixout"`` it shows what the wrapper keeps of a parameter.
         """
@@ -80,7 +81,7 @@ class WrappingOptimizer(Optimizer):
         return self._run.steps_in_episode
 
     def active_mask(self, param: Tensor) -> Tensor:
-        """Which weights of a parameter train in the running episode: bool, the parameter's shape."""
+        """Which weights of a parameter train in the running episode: bool, of its shape."""
         member = self._member_of(param)
         return torch.ones_like(param, dtype=torch.bool) if member is None else member.mask()
 
@@ -90,14 +91,15 @@ class WrappingOptimizer(Optimizer):
         member = self._member_of(param)
         if member is None:
             raise ValueError(
-                "param is not mixed (excluded, or mask_prob=0): it has no anchor. optimizer.report() lists "
+                "param is not mixed (excluded, or mask_prob=0): it has no anchor. "
+                "optimizer.report() lists "
                 "what is"
             )
         return self._layout.residual.dense_anchor(member)
 
     @torch.no_grad()
     def report(self) -> Report:
-        """What is mixed and what is not and why, how far it has moved, and its bytes; prints as a table."""
+        """What is mixed, or why not, how far it has moved, and its bytes; prints as a table."""
         return make_report(self._layout)
 
     def register_resample_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
@@ -116,9 +118,9 @@ class WrappingOptimizer(Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients so that the norm of those that will be used is at most ``max_norm``.
 
-        Used are the gradients of the active weights (times s with rescaling) and of parameters that are
-        not mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over all
-        weights; of packed gradients by that over the active ones, not times s.
+        Used are the gradients of the active weights (times s with rescaling) and of parameters that
+        are not mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over
+        all weights; of packed gradients by that over the active ones, not times s.
 
         Returns:
             the norm before clipping, a 0-d tensor.
@@ -133,13 +135,14 @@ class WrappingOptimizer(Optimizer):
         return norm
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base, as :meth:`torch.optim.Optimizer.add_param_group`; it may set group keys."""
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; it may set group keys."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         params = param_group["params"]
         if isinstance(params, set):
             raise TypeError(
-                "optimizer parameters need to be organized in ordered collections, but the ordering of "
+                "optimizer parameters need to be organized in ordered collections, but the "
+                "ordering of "
                 "tensors in sets will change between runs. Please use a list instead."
             )
         # As torch does: a generator is not used up by a call that fails.
@@ -158,7 +161,7 @@ class WrappingOptimizer(Optimizer):
         self._adopt([param_group], mixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of base and wrapper: exact in mid-episode, without index sets, which the seed gives."""
+        """The state of base and wrapper: exact in mid-episode, and without index sets."""
         self._refuse_in_step("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -212,7 +215,8 @@ class WrappingOptimizer(Optimizer):
         run = self._run
         lines = [
             f"{type(self).__name__} (",
-            f"  base: {run.base}, {run.residual} residual, {run.layout} layout, {run.sampler} sampler",
+            f"  base: {run.base}, {run.residual} residual, {run.layout} layout, {run.sampler} "
+            "sampler",
             f"  resample_every: {run.resample_every}, lr_scale: {run.lr_scale}, "
             f"episode_warmup: {run.episode_warmup}, rescale: {run.rescale}, seed: {run.seed}",
             f"  episode: {run.episode}, steps_in_episode: {run.steps_in_episode}",
@@ -237,7 +241,7 @@ class WrappingOptimizer(Optimizer):
         self._pack_gradients()
 
     def _pack_gradients(self) -> None:
-        """Have backward pack gradients, if asked for: also of what was frozen, and after consolidate()."""
+        """Have backward pack gradients, also after thawing and consolidate()."""
         if self._packs_gradients:
             for member in self._members:
                 pack_gradients(member)
@@ -251,7 +255,7 @@ class WrappingOptimizer(Optimizer):
             hook(self)
 
     def _only_creates_state(self) -> bool:
-        """Whether this is the step that torch.distributed.checkpoint takes to have a fresh optimizer's state.
+        """Whether this step only creates state, as torch.distributed.checkpoint's first does.
 
         Its learning rates and gradients are zero, and it is no step of the training.
         """
@@ -276,16 +280,20 @@ class WrappingOptimizer(Optimizer):
         self._warn_once(
             written,
             call,
-            f"were written since the last step, by a loaded checkpoint or a constraint: {call} keeps them as "
-            "they are. To take them as what the episode learned and average them in, call resample() before",
+            f"were written since the last step, by a loaded checkpoint or a constraint: {call} "
+            "keeps them as "
+            "they are. To take them as what the episode learned and average them in, call "
+            "resample() before",
         )
 
     def _warn_of_mixed(self, written: list[Member]) -> None:
         self._warn_once(
             written,
             "resample()",
-            "were written by somebody else in the episode that ended, and the anchor moved toward them by 1 - "
-            "anchor_decay. After loading a checkpoint call resync(), which takes it as the anchor; a constraint "
+            "were written by somebody else in the episode that ended, and the anchor moved toward "
+            "them by 1 - "
+            "anchor_decay. After loading a checkpoint call resync(), which takes it as the anchor; "
+            "a constraint "
             "that is applied after every step needs nothing",
         )
 
@@ -312,14 +320,16 @@ class WrappingOptimizer(Optimizer):
         self._refuse_in_step(call)
         if self._run.evaluating or self._open_blocks:
             raise RuntimeError(
-                f"{call} inside eval_weights() or after eval(): the model holds the weights to deploy there, "
+                f"{call} inside eval_weights() or after eval(): the model holds the weights to "
+                "deploy there, "
                 "not those that are trained; leave the block or call optimizer.train() first"
             )
 
     def _refuse_in_step(self, call: str) -> None:
         if self._is_busy:
             raise RuntimeError(
-                f"{call} inside step(), from a closure or from a hook of the base: call it after the step"
+                f"{call} inside step(), from a closure or from a hook of the base: call it after "
+                "the step"
             )
 
     def _warn_once(self, written: list[Member], kind: str, message: str) -> None:

@@ -1,7 +1,7 @@
 """One battery for optimizer wrappers: what training loops expect of a torch optimizer.
 
-``make conformance`` runs it against ours and against wrappers that people know, and writes docs/conformance.md from what
-it saw. A check passes if it does not raise.
+``make conformance`` runs it against ours and against wrappers that people know, and writes
+docs/conformance.md from what it saw. A check passes if it does not raise.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def is_prepared_by_accelerate(make: Make) -> None:
 
 
 def compiles_once(make: Make) -> None:
-    """``torch.compile(optimizer.step)`` over 12 steps with a new rate in each, or the wrapper's own compiled step."""
+    """``torch.compile(optimizer.step)`` over 12 steps with a new rate in each, or the wrapper's own
+    compiled step."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -320,10 +321,12 @@ def main() -> None:
     used = ", ".join(f"{name} {number}" for name, number in sorted(packages.items()))
     PAGE.write_text(
         "# Conformance\n\n"
-        "What training loops expect of a torch optimizer, tried on wrappers of optimizers that people know. Written by "
-        "`make conformance`\nfrom what it saw; the checks are in [tests/conformance.py](../tests/conformance.py). Each "
-        "wrapper is around `torch.optim.AdamW`,\nSAM is called with the closure that it needs.\n\n"
-        f"torch {torch.__version__}, gmixout_optim {__version__}, {used}, accelerate {version('accelerate')}.\n\n"
+        "What training loops expect of a torch optimizer, tried on wrappers of optimizers that "
+        "people know. Written by `make conformance`\nfrom what it saw; the checks are in "
+        "[tests/conformance.py](../tests/conformance.py). Each wrapper is around "
+        "`torch.optim.AdamW`,\nSAM is called with the closure that it needs.\n\n"
+        f"torch {torch.__version__}, gmixout_optim {__version__}, {used}, "
+        f"accelerate {version('accelerate')}.\n\n"
         + "\n".join([head, "|---" * (len(seen) + 1) + "|", *rows])
         + "\n\n## What happened\n\n"
         + "\n".join(why)

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 class Case:
     """One optimizer in one configuration.
 
-    ``elementwise``: each weight's update depends on that weight alone. ``matrices_only``: takes 2-D parameters
+    ``elementwise``: each weight's update depends on that weight alone. ``matrices_only``: takes 2-D
+        parameters
     only. ``closure``: its step needs one. ``sparse``: takes sparse gradients only.
     """
 

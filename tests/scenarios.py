@@ -191,7 +191,8 @@ def scenarios(
 
 @st.composite
 def written_to(draw: st.DrawFn, scenario: Scenario) -> Scenario:
-    """The scenario with somebody who writes into the model between steps, in a way that can be seen."""
+    """The scenario with somebody who writes into the model between steps, in a way that can be
+    seen."""
     steps, tensors = st.integers(0, scenario.steps - 1), st.integers(0, len(scenario.specs) - 1)
     writes = draw(st.frozensets(st.tuples(steps, tensors), min_size=1, max_size=5))
     through_data = not scenario.settings["rescale"] and draw(st.booleans())

@@ -35,7 +35,8 @@ def progress(model: nn.Module, optimizer: GMixoutOptimizer) -> tuple[list[Tensor
 def test_a_scaled_loop_is_the_plain_loop(
     layout: str, fused: bool, unscale: bool, clip: str | None
 ) -> None:
-    """Powers of two scale without rounding: the same weights, and a step with inf never happened."""
+    """Powers of two scale without rounding: the same weights, and a step with inf never
+    happened."""
     model = small_model(torch.float32)
     plain_model = copy.deepcopy(model)
     optimizer = wrap(model, fused, **LAYOUTS[layout])
@@ -69,7 +70,8 @@ def test_a_scaled_loop_is_the_plain_loop(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(layout: str, dtype: torch.dtype) -> None:
-    """Weights and what is trained stay float32; the weights seen by the wrapper are those of a plain loop."""
+    """Weights and what is trained stay float32; the weights seen by the wrapper are those of a
+    plain loop."""
     model = small_model(torch.float32)
     start = weights(model)
     optimizer = wrap(model, **LAYOUTS[layout])

@@ -1,4 +1,5 @@
-"""Bad input gets an error that names the argument, the value and the fix, before anything has changed."""
+"""Bad input gets an error that names the argument, the value and the fix, before anything has
+changed."""
 
 from __future__ import annotations
 

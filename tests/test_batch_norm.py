@@ -1,4 +1,5 @@
-"""BatchNorm statistics belong to the weights that made them: after consolidate() they are made anew."""
+"""BatchNorm statistics belong to the weights that made them: after consolidate() they are made
+anew."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def loss_of(model: nn.Module) -> float:
 
 
 def test_update_bn_after_consolidate() -> None:
-    """The anchor takes a fifth of what an episode learned; the running statistics are of the episode's weights."""
+    """The anchor takes a fifth of what an episode learned; the running statistics are of the
+    episode's weights."""
     inputs, labels = data()
     batches = [inputs[start : start + 64] for start in range(0, 512, 64)]
     stale, renewed = [], []

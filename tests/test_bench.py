@@ -1,4 +1,5 @@
-"""The benchmark command: its models are the real ones, its bytes are counted right, and it says what it did."""
+"""The benchmark command: its models are the real ones, its bytes are counted right, and it says
+what it did."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def footprints(base: str, setting: Setting, dtype: str = "float32") -> tuple[Foo
 STEP = 4  # AdamW's and RMSprop's count of steps, one a tensor
 
 BYTES = [
-    # base, dtype, granularity, grad_layout; plain: gradients, state; ours: gradients, state, masters, anchors, indices
+    # base, dtype, granularity, grad_layout; plain: gradients, state; ours: gradients, state,
+    # masters, anchors, indices
     ("adamw", "float32", "element", "dense", (4, 8, STEP), (4, 8, 0, 4, 4, STEP)),
     ("adamw", "float32", "element", "packed", (4, 8, STEP), (0, 8, 0, 4, 4, STEP)),
     ("adamw", "bfloat16", "element", "packed", (2, 4, STEP), (0, 8, 4, 4, 4, STEP)),

@@ -38,7 +38,8 @@ def parameters(device: str = "cpu") -> list[nn.Parameter]:
 def run(
     case: Case, compile: bool, steps: int = 10, device: str = "cpu", **settings: object
 ) -> tuple[list[torch.Tensor], GMixoutOptimizer, list[int]]:
-    """Weights after some steps, the optimizer, and how many graphs had been compiled after each step."""
+    """Weights after some steps, the optimizer, and how many graphs had been compiled after each
+    step."""
     params = parameters(device)
     optimizer = GMixoutOptimizer(
         case(params), resample_every=3, mask_prob=0.6, compile=compile, **settings
@@ -116,7 +117,8 @@ def adamw(params: list[nn.Parameter], compile: bool, **settings: object) -> GMix
 def take_steps(
     params: list[nn.Parameter], optimizer: GMixoutOptimizer, steps: int, present: object = None
 ) -> None:
-    """Steps on gradients that depend on the step; ``present(step, number)`` says which there are."""
+    """Steps on gradients that depend on the step; ``present(step, number)`` says which there
+    are."""
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         for number, param in enumerate(params):
@@ -167,7 +169,8 @@ def test_unmixed_parameters_and_groups_step_too() -> None:
             {"params": [("plain", params[4])], "mask_prob": 0.0},
         ]
         base = torch.optim.AdamW(groups, lr=0.01)
-        # Steps of half a unit would be rounded in more than the last digits of what is left of them.
+        # Steps of half a unit would be rounded in more than the last digits of what is left of
+        # them.
         settings = dict(exclude="head", compile=compile, resample_every=3, lr_scale=1.0)
         return params, GMixoutOptimizer(base, **settings)
 

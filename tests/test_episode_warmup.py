@@ -1,4 +1,5 @@
-"""The learning rate of mixed weights rises in each episode; the group's and everybody else's stays."""
+"""The learning rate of mixed weights rises in each episode; the group's and everybody else's
+stays."""
 
 from __future__ import annotations
 

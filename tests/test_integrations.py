@@ -1,4 +1,5 @@
-"""The examples of other people's training loops: they run, and a killed run goes on as if it had not been."""
+"""The examples of other people's training loops: they run, and a killed run goes on as if it had
+not been."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 @pytest.fixture(autouse=True, params=["dense", "packed"])
 def grad_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Loops accumulate, clip and zero gradients in their own ways: the examples run with both kinds."""
+    """Loops accumulate, clip and zero gradients in their own ways: the examples run with both
+    kinds."""
     defaults = GMixoutOptimizer.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "grad_layout", request.param)
     return request.param

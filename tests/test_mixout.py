@@ -1,7 +1,8 @@
-"""``GMixoutOptimizer.mixout`` against Mixout as its papers write it: a function of the weights U and a mask.
+"""``GMixoutOptimizer.mixout`` against Mixout as its papers write it: a function of the weights U
+and a mask.
 
-Nothing here sets gradients by hand: the loss is evaluated at theta(U), and autograd gives the gradient with
-respect to U, on which a plain optimizer works.
+Nothing here sets gradients by hand: the loss is evaluated at theta(U), and autograd gives the
+gradient with respect to U, on which a plain optimizer works.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ EPISODES = 400
 
 
 def learned_tensors(p: float, rescale: bool, sampler: str) -> tuple[list[Tensor], GMixoutOptimizer]:
-    """Tensors with U away from A; of those of 7 cells and of one the share that is drawn is not 1 - p."""
+    """Tensors with U away from A; of those of 7 cells and of one the share that is drawn is not 1 -
+    p."""
     torch.manual_seed(1)
     params: list[Tensor] = [nn.Parameter(torch.randn(shape).double()) for shape in SHAPES]
     optimizer = GMixoutOptimizer.mixout(SGD(params, lr=1.0), p, rescale=rescale, sampler=sampler)
@@ -131,8 +133,9 @@ def test_invariant_11_the_mean_over_masks_is_deployed(
     """Monte Carlo over redraws that change nothing else, each weight to within 6 standard errors.
 
     A weight is active in a share d of the episodes, independently; its mean over N episodes has the
-    standard error s * |U - A| * sqrt(d * (1 - d) / N). Of 100 weights one falls outside by chance in
-    less than one of 10**5 runs, and the seed is fixed. Over the actual masks the mean is exact: it is
+    standard error s * |U - A| * sqrt(d * (1 - d) / N). Of 100 weights one falls outside by chance
+    in less than one of 10**5 runs, and the seed is fixed. Over the actual masks the mean is exact:
+        it is
     linear in the mask.
     """
     params, optimizer = learned_tensors(p, rescale, sampler)
@@ -160,7 +163,8 @@ def test_invariant_11_the_mean_over_masks_is_deployed(
 
 
 def test_invariant_11_exactly_over_all_masks() -> None:
-    """One of two cells active: the mean of the two live tensors, each with its mask, is what is deployed."""
+    """One of two cells active: the mean of the two live tensors, each with its mask, is what is
+    deployed."""
     param = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     optimizer = GMixoutOptimizer.mixout(SGD([param], lr=1.0), 0.5)
     for _ in range(4):

@@ -1,4 +1,5 @@
-"""The model holds the truth: what somebody else writes into it is never mixed silently with what was there.
+"""The model holds the truth: what somebody else writes into it is never mixed silently with what
+was there.
 
 That the next step works on it is a property in test_parity.py; here is what the other calls do.
 """

@@ -56,7 +56,8 @@ def options(optimizer: Optimizer) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", SCHEDULERS)
 @pytest.mark.parametrize("base_kind", BASES)
 def test_a_scheduler_may_hold_wrapper_or_base(base_kind: str, kind: str) -> None:
-    """Built on the wrapper, on the base after wrapping, or on the base before: as on a bare optimizer, no warning."""
+    """Built on the wrapper, on the base after wrapping, or on the base before: as on a bare
+    optimizer, no warning."""
     bare_model = small_model()
     bare = BASES[base_kind](bare_model.parameters())
     bare_scheduler = SCHEDULERS[kind](bare)

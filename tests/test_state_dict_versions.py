@@ -1,6 +1,7 @@
 """State dicts that released versions wrote: later versions go on from them.
 
-``python -m tests.test_state_dict_versions`` writes the file of the present version; files of released versions stay.
+``python -m tests.test_state_dict_versions`` writes the file of the present version; files of
+released versions stay.
 """
 
 from __future__ import annotations

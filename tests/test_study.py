@@ -1,4 +1,5 @@
-"""The robustness study: end to end at toy size, its statistics by hand, its page against its results."""
+"""The robustness study: end to end at toy size, its statistics by hand, its page against its
+results."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def test_runs_at_toy_size_goes_on_after_a_kill_and_stops_when_all_is_there(tmp_p
 
 
 def _assert_page_and_pictures(results: plan.Results, folder: Path) -> None:
-    """All that the page calls; at toy size the levers are run in part, the long tail has no "few"."""
+    """All that the page calls; at toy size the levers are run in part, the long tail has no
+    "few"."""
     template = report.TEMPLATE.read_text().replace("|A", "|toy A").replace("|B", "|toy A")
     template = template.replace("{{table|toy A|imbalance}}", "")
     page = report.render(template, results, plan.TOY)

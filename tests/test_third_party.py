@@ -30,7 +30,8 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
-# torchao quantises a state of 4096 values or more in blocks of 256: packed ones need cells of whole blocks.
+# torchao quantises a state of 4096 values or more in blocks of 256: packed ones need cells of whole
+# blocks.
 WIDTH, BLOCK = 256, 256
 
 Make = Callable[[Any], Optimizer]

@@ -65,7 +65,8 @@ def train(
 
 
 def freeze_and_thaw(model: nn.Module) -> Callable[[int], None]:
-    """For :func:`train`: steps without the head's gradient, and a body that is frozen and thawed again."""
+    """For :func:`train`: steps without the head's gradient, and a body that is frozen and thawed
+    again."""
 
     def after_backward(step: int) -> None:
         if step in (2, 5):

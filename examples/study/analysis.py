@@ -1,4 +1,5 @@
-"""The study in numbers: rows of tables, intervals, paired differences; all from the results file."""
+"""The study in numbers: rows of tables, intervals, paired differences; all from the results
+file."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def models(
 
 
 def curve(results: Results, task: str, line: str, scope: Scope = FULL) -> list[Model]:
-    """From the linear probe to fine-tuned weights, for the line "WiSE-FT" or "GMixout + WiSE-FT"."""
+    """From the linear probe to fine-tuned weights, for the line "WiSE-FT" or "GMixout +
+    WiSE-FT"."""
     lines = models(results, task, scope=scope)
     rows = lines[line].rows
     names = sorted(name for name in rows[0]["models"] if name.startswith("wise "))
@@ -109,7 +111,8 @@ def curve(results: Results, task: str, line: str, scope: Scope = FULL) -> list[M
 
 
 def levers(results: Results, task: str, name: str, scope: Scope = FULL) -> list[Model]:
-    """A sweep: the bare optimizer, the defaults, and what is changed of them. Empty until all is run."""
+    """A sweep: the bare optimizer, the defaults, and what is changed of them. Empty until all is
+    run."""
     sweep = plan.sweep(task, name)
     if not sweep:  # it is of the other model
         return []
@@ -179,7 +182,8 @@ def losses(results: Results, task: str, scope: Scope = FULL) -> dict[str, list[f
 
 
 def attempts(results: Results, task: str, scope: Scope = FULL) -> list[Model]:
-    """GMixout before it warmed up in episodes, what was tried to better it, a learning rate that stays."""
+    """GMixout before it warmed up in episodes, what was tried to better it, a learning rate that
+    stays."""
     stays = "constant learning rate: "
     lines = []
     for method, settings in plan.attempts(task):
@@ -240,7 +244,8 @@ _OF_SCHEDULES = {
 
 
 def why(results: Results, task: str, scope: Scope = FULL) -> list[Row]:
-    """The cells that look into the methods, with the settings that were chosen; none until all ran."""
+    """The cells that look into the methods, with the settings that were chosen; none until all
+    ran."""
     rows = [
         row
         for method, settings in plan.why(results, task, scope)

@@ -122,7 +122,8 @@ def _point(axes: Axes, model: Model, shift: str) -> None:
 
 
 def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
-    """Accuracy against each lever alone, the others at their defaults; the bare optimizer dotted."""
+    """Accuracy against each lever alone, the others at their defaults; the bare optimizer
+    dotted."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
     for axes, (key, words) in zip(panels, LEVERS.items(), strict=True):
         style(axes)
@@ -156,7 +157,8 @@ def levers(results: Results, name: str, scope: Scope = FULL) -> Figure:
 
 
 def warmup(results: Results, name: str, scope: Scope = FULL) -> Figure:
-    """The training loss of the live weights, step by step, with and without a warm-up in episodes."""
+    """The training loss of the live weights, step by step, with and without a warm-up in
+    episodes."""
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     style(axes)
     curves = losses(results, name, scope)
@@ -227,7 +229,8 @@ def errors(results: Results, name: str, scope: Scope = FULL) -> Figure:
 
 
 def paths(results: Results, name: str, scope: Scope = FULL) -> Figure:
-    """Accuracy on straight lines between pretrained, deployed and live weights, late in an episode."""
+    """Accuracy on straight lines between pretrained, deployed and live weights, late in an
+    episode."""
     figure, panels = plt.subplots(1, 3, figsize=(12.5, 3.8), layout="constrained")
     colours = (_OTHERS, _WISE, _OURS)
     words = {"id": "in distribution", "ood": "on other styles"}

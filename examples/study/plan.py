@@ -110,7 +110,8 @@ TOY = Scope(("toy A",), seeds=2, choices=1, levers=2)
 
 
 def chosen(results: Results, task: str, method: str, choices: int = 4) -> Settings | None:
-    """The settings that won on validation images: by accuracy, then by loss. None: not yet known."""
+    """The settings that won on validation images: by accuracy, then by loss. None: not yet
+    known."""
     cells = [_tuning(task, method, settings) for settings in grid(task, method)[:choices]]
     if not cells or any(cell not in results for cell in cells):
         return None

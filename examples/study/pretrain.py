@@ -1,7 +1,7 @@
 """Pretrains a ViT of timm's to recognise single emoji in five drawing styles, for setting C.
 
-As the EfficientNet of setting A was: all styles but `fluent_mono`, no test emoji, a cosine classifier.
-At a larger resolution and size than a CPU takes; meant for a GPU:
+As the EfficientNet of setting A was: all styles but `fluent_mono`, no test emoji, a cosine
+classifier. At a larger resolution and size than a CPU takes; meant for a GPU:
 
     PYTHONPATH=examples python -m study.pretrain
     PYTHONPATH=examples python -m study --tasks C --results results/robustness_gpu.jsonl --workers 1

@@ -114,8 +114,8 @@ def bias_variance_covariance(predicted: Tensor, targets: Tensor) -> dict[str, fl
 def path(where: Task, method: str, settings: Settings, seed: int) -> dict[str, Any]:
     """Accuracies on straight lines from the pretrained weights, at about two thirds of a run.
 
-    The time is one step before an episode of ten or twenty ends: live weights are then as far from the anchor
-    as they come.
+    The time is one step before an episode of ten or twenty ends: live weights are then as far from
+    the anchor as they come.
 
     Returns:
         "shares"; "deployed" and "live": accuracies in and out of distribution at each share of the

@@ -1,1 +1,2 @@
-"""What the wrapper costs, measured against the optimizer that it wraps: ``python -m gmixout_optim.bench``."""
+"""What the wrapper costs, measured against the optimizer that it wraps: ``python -m
+gmixout_optim.bench``."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Element-wise ones: what they keep can be packed. Settings that change neither time nor bytes are torch's defaults.
+# Element-wise ones: what they keep can be packed. Settings that change neither time nor bytes are
+# torch's defaults.
 BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "adam": (torch.optim.Adam, {}),
@@ -36,7 +37,8 @@ def arguments_of(name: str, form: str | None) -> dict[str, Any]:
 
 
 def fastest_form(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """``"fused"`` where the class has it for the dtype on the device, else ``"foreach"``; None for neither."""
+    """``"fused"`` where the class has it for the dtype on the device, else ``"foreach"``; None for
+    neither."""
     for form in ("fused", "foreach"):
         if form in inspect.signature(BASES[name][0]).parameters:
             param = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))

@@ -23,8 +23,9 @@ STEPS = 3
 RESAMPLE_EVERY = 2
 
 
-# glibc by itself keeps freed tensors of up to 32 MB in a heap with holes, which changes a peak by a quarter from run to
-# run. So large tensors go back to the system at once, in all loops alike. A user's own setting counts for more.
+# glibc by itself keeps freed tensors of up to 32 MB in a heap with holes, which changes a peak by a
+# quarter from run to run. So large tensors go back to the system at once, in all loops alike. A
+# user's own setting counts for more.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
@@ -73,7 +74,8 @@ class Peak:
 
 
 def measure_peaks(loops: Sequence[Loop], begin: Callable[[str], None]) -> list[Peak]:
-    """Of each loop, the first being the plain optimizer's; ``begin`` is called with a title as each begins."""
+    """Of each loop, the first being the plain optimizer's; ``begin`` is called with a title as each
+    begins."""
     peaks: list[Peak] = []
     for loop in loops:
         begin(f"training loop, {loop.setting or 'plain'}")
@@ -90,7 +92,8 @@ def measure_peaks(loops: Sequence[Loop], begin: Callable[[str], None]) -> list[P
 
 
 def peak_of(loop: Loop) -> Peak:
-    """Run the loop in a child process; a failure there, such as too little memory, is part of the result."""
+    """Run the loop in a child process; a failure there, such as too little memory, is part of the
+    result."""
     command = [sys.executable, "-m", "gmixout_optim.bench.memory", loop.to_json()]
     child = subprocess.run(command, capture_output=True, text=True, env={**_MALLOC, **os.environ})
     if child.returncode == 0:

@@ -37,7 +37,8 @@ class Options:
 
     @property
     def memory_settings(self) -> list[Setting | None]:
-        """The training loops: plain, and each density and gradient layout at the first granularity, not compiled."""
+        """The training loops: plain, and each density and gradient layout at the first granularity,
+        not compiled."""
         if not self.with_memory:
             return []
         first = self.settings[0].granularity
@@ -65,8 +66,10 @@ def read_options(arguments: Sequence[str]) -> Options:
     needed = 0 if given.only_memory else bytes_needed(subject, settings)
     if free is not None and needed > free:
         parser.error(
-            f"--model {given.model} in {given.dtype} needs about {needed / 1e9:.1f} GB on {device} for both optimizers at "
-            f"once, {free / 1e9:.1f} GB are free: choose a smaller model, a narrower --dtype, or --only-memory"
+            f"--model {given.model} in {given.dtype} needs about {needed / 1e9:.1f} GB on {device} "
+            "for both optimizers at "
+            f"once, {free / 1e9:.1f} GB are free: choose a smaller model, a narrower --dtype, or "
+            "--only-memory"
         )
     return Options(
         command=shlex.join([*PROGRAM.split(), *arguments]),
@@ -85,7 +88,8 @@ def read_options(arguments: Sequence[str]) -> Options:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="What GMixoutOptimizer costs against the optimizer that it wraps: time, bytes, traffic, peak memory.",
+        description="What GMixoutOptimizer costs against the optimizer that it wraps: time, bytes, "
+        "traffic, peak memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

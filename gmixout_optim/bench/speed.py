@@ -1,6 +1,7 @@
 """The optimizer's part of training, without forward and backward: times, bytes, traffic.
 
-Parameters have the model's shapes, gradients are constant. The wrapped and the plain optimizer take turns.
+Parameters have the model's shapes, gradients are constant. The wrapped and the plain optimizer take
+turns.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Times:
     Attributes:
         plain_ms: the plain optimizer's steps, in the rounds of ``step``.
         redraw: one call of ``resample()``.
-        packing: what packing gradients adds to a backward pass that throws them away; None for dense gradients.
-        backward: what it adds to one that keeps dense gradients. It is less, and may be below 0, where memory
-            for these takes time.
+        packing: what packing gradients adds to a backward pass that throws them away; None for
+            dense gradients.
+        backward: what it adds to one that keeps dense gradients. It is less, and may be below 0,
+            where memory for these takes time.
         all_per_step: medians of step and packing and a step's share of a redraw, in plain steps.
     """
 
@@ -62,7 +64,8 @@ class Times:
 
 @dataclass(frozen=True)
 class Compared:
-    """One setting against the plain optimizer; a ratio is None where the plain one keeps nothing."""
+    """One setting against the plain optimizer; a ratio is None where the plain one keeps
+    nothing."""
 
     setting: Setting
     times: Times
@@ -80,8 +83,8 @@ class Speed:
     Attributes:
         copy_bytes_per_second: read and written when the device only copies.
         plain, plain_ms, plain_copy_share: the plain optimizer, its steps those of all rounds.
-        settings: each of the others. A ``copy_share`` is the traffic of a step over its median time, as a
-            share of the copy bandwidth.
+        settings: each of the others. A ``copy_share`` is the traffic of a step over its median
+            time, as a share of the copy bandwidth.
     """
 
     copy_bytes_per_second: Spread
@@ -114,7 +117,8 @@ class Side:
             param.grad = None
 
     def backward(self) -> None:
-        """The end of a backward pass: parameters are given their gradients, and hooks on them fire."""
+        """The end of a backward pass: parameters are given their gradients, and hooks on them
+        fire."""
         torch.autograd.backward(self.params, self.gradients)
 
     def discard_gradients(self) -> None:
@@ -200,7 +204,8 @@ def measure_speed(
     resample_every: int,
     begin: Callable[[str], None],
 ) -> Speed:
-    """Compare each setting with the plain optimizer; ``begin`` is called with a title as each part begins."""
+    """Compare each setting with the plain optimizer; ``begin`` is called with a title as each part
+    begins."""
     begin("plain")
     torch.manual_seed(0)
     with subject.where_tensors_are_made():

@@ -23,7 +23,8 @@ def tables(result: Result) -> str:
     rounded = ", stochastic rounding" if options.settings[0].stochastic_rounding else ""
     parts = [
         f"{subject.base_title()} plain and wrapped; {subject.model}: {result.weights:,} weights in "
-        f"{subject.dtype_name}{rounded}\n{', '.join(f'{key} {fact}' for key, fact in facts.items())}\n{options.command}"
+        f"{subject.dtype_name}{rounded}\n"
+        f"{', '.join(f'{key} {fact}' for key, fact in facts.items())}\n{options.command}"
     ]
     if result.speed is not None:
         parts += [
@@ -78,11 +79,15 @@ def _time_table(speed: Speed, rounds: int, resample_every: int) -> str:
         for one in speed.settings
     ]
     return (
-        f"Time, without forward and backward: median of {rounds} rounds in which both optimizers step (10th to 90th "
+        f"Time, without forward and backward: median of {rounds} rounds in which both optimizers "
+        "step (10th to 90th "
         "percentile).\n"
-        "step: ratio to the plain step. The others in plain steps. packing: what it adds to a backward that throws "
+        "step: ratio to the plain step. The others in plain steps. packing: what it adds to a "
+        "backward that throws "
         "gradients away.\n"
-        "backward: the same against one that keeps dense gradients, with the time that memory for these takes.\n"
+        "backward: the same against one that keeps dense gradients, with the time that memory "
+        "for these "
+        "takes.\n"
         f"all per step: step + packing + redraw / {resample_every}.\n\n"
     ) + pipe_table(header, rows)
 
@@ -112,7 +117,8 @@ def _bytes_table(speed: Speed, weights: int) -> str:
         for one in speed.settings
     ]
     return (
-        "Bytes per weight of the model, between two steps (ratio to plain). Optimizer: state to indices; beyond "
+        "Bytes per weight of the model, between two steps (ratio to plain). Optimizer: state to "
+        "indices; beyond "
         "weights: gradients too;\nresume file: torch.save(optimizer.state_dict()).\n\n"
     ) + pipe_table(header, rows)
 
@@ -132,8 +138,10 @@ def _traffic_table(speed: Speed, weights: int) -> str:
     ]
     spread = f"{copy.median / 1e9:.3g} GB/s ({copy.low / 1e9:.3g} to {copy.high / 1e9:.3g})"
     return (
-        f"Traffic: bytes that a step has to move, over its median time. Copying a large buffer moves {spread}.\n"
-        "Not counted: the rest of a cache line where single elements are gathered, and what a CPU reads before it "
+        f"Traffic: bytes that a step has to move, over its median time. Copying a large buffer "
+        f"moves {spread}.\n"
+        "Not counted: the rest of a cache line where single elements are gathered, and what a CPU "
+        "reads before it "
         "overwrites, as copying does.\n\n"
     ) + pipe_table([*SETTING, "bytes per weight", "GB/s", "of copying"], rows)
 
@@ -153,8 +161,11 @@ def _peak_table(peaks: Sequence[Peak], batch_size: int) -> str:
                 ]
             )
     return (
-        f"Peak memory in MB of a process that trains the model, batch size {batch_size} (ratio to plain), and without what "
-        "it had before the model.\nOn a CPU with glibc: MALLOC_MMAP_THRESHOLD_=131072 unless set, so that freed tensors do "
+        f"Peak memory in MB of a process that trains the model, batch size {batch_size} (ratio to "
+        "plain), and without what "
+        "it had before the model.\nOn a CPU with glibc: MALLOC_MMAP_THRESHOLD_=131072 unless "
+        "set, so "
+        "that freed tensors do "
         "not stay in its heap.\n\n"
     ) + pipe_table([*SETTING, "peak", "without baseline"], rows)
 

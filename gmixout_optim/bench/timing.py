@@ -70,7 +70,8 @@ class Turn:
 def take_turns(rounds: int, turns: Sequence[Turn], device: torch.device) -> list[list[float]]:
     """Milliseconds of each call, a list for each, without those of a warm-up.
 
-    Taking turns, the calls meet the same weather: ratios within a round hold where the machine's speed drifts.
+    Taking turns, the calls meet the same weather: ratios within a round hold where the machine's
+    speed drifts.
     """
     samples: list[list[float]] = [[] for _ in turns]
     for _ in range(WARM_UP_ROUNDS + rounds):
@@ -90,7 +91,8 @@ def copy_bandwidth(device: torch.device) -> Spread:
 
 
 def count_kernels(call: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels a call launches on a CUDA device, without copies and fills; None on a CPU."""
+    """How many kernels a call launches on a CUDA device, without copies and fills; None on a
+    CPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:

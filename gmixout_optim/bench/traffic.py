@@ -11,11 +11,12 @@ from gmixout_optim.bench.bytes import kept_gradient
 
 
 def step_traffic(optimizer: Optimizer) -> int:
-    """Bytes of one step, each tensor moved once; of an optimizer that has stepped, its gradients in place.
+    """Bytes of one step, each tensor moved once; of an optimizer that has stepped, its gradients in
+    place.
 
-    What the base trains and its state are read and written, its gradients read. Packed, indices are read
-    besides, and where values are kept apart from the weights, these are written. A processor moves whole
-    cache lines, and so more than this where single elements are gathered.
+    What the base trains and its state are read and written, its gradients read. Packed, indices are
+    read besides, and where values are kept apart from the weights, these are written. A processor
+    moves whole cache lines, and so more than this where single elements are gathered.
     """
     return sum(
         _traffic_of(optimizer, param)

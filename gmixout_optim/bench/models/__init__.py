@@ -40,7 +40,8 @@ FEWEST_WEIGHTS, MOST_WEIGHTS = 100, 10**12
 
 
 def find_model(name: str) -> Callable[[], Workload]:
-    """What builds the model of a name in :data:`MODELS`, or the MLP of so many weights as the name says.
+    """What builds the model of a name in :data:`MODELS`, or the MLP of so many weights as the name
+    says.
 
     Raises:
         ValueError: neither.

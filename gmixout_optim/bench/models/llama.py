@@ -12,7 +12,8 @@ from gmixout_optim.bench.models.workload import Regression, Workload
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Channels, layers, heads of queries and of keys, channels inside the MLP; ``tokens`` in a sequence."""
+    """Channels, layers, heads of queries and of keys, channels inside the MLP; ``tokens`` in a
+    sequence."""
 
     width: int
     depth: int
@@ -48,7 +49,8 @@ class Attention(nn.Module):
 
 
 def rotate(heads: Tensor, base: float) -> Tensor:
-    """Turn pairs of channels by angles that grow with the position; ``heads`` is (batch, heads, tokens, channels)."""
+    """Turn pairs of channels by angles that grow with the position; ``heads`` is (batch, heads,
+    tokens, channels)."""
     tokens, channels = heads.shape[-2:]
     pair = torch.arange(channels // 2, device=heads.device)
     position = torch.arange(tokens, device=heads.device)

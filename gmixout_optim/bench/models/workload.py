@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class Workload(nn.Module, ABC):
-    """A model with a batch to train on. Both are made on torch's default device and in its default dtype."""
+    """A model with a batch to train on. Both are made on torch's default device and in its default
+    dtype."""
 
     @abstractmethod
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
