@@ -65,8 +65,9 @@ class PackedLayout(Layout):
                 member.cells.gradient.current_for(member)
         for member in dict.fromkeys([*learning, *self.members.trained()]):
             slot = self.slot(member)
-            self.residual.catch_up(member)
-            slot.is_trained = slot.is_trained or member.cells.gradient is not None
+            if not slot.is_trained or slot.version != member.cells.version:
+                self.residual.catch_up(member)
+                slot.is_trained = slot.is_trained or member.cells.gradient is not None
         batched, lent = self._split(learning)
         compiled, eager = self.compiler.split_step(batched)
         try:

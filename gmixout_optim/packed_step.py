@@ -149,7 +149,7 @@ def by_options(members: list[Member]) -> Iterable[list[Member]]:
     """Members that the base steps with the same options: of one group, at one rate."""
     alike: dict[Hashable, list[Member]] = {}
     for member in members:
-        alike.setdefault((id(member.group), member.rate), []).append(member)
+        alike.setdefault((id(member.group), member.cells.density), []).append(member)
     return alike.values()
 
 
