@@ -178,26 +178,25 @@ class Cells:
         self.granularity = granularity
         self.mask_prob = mask_prob
         self.sampler = sampler
-        self._seen: tuple[Grid, float] | None = None
+        self._grid: Grid | None = None
+        self._density = 1.0
 
     @property
     def grid(self) -> Grid:
         """One object for as long as shape and strides stay."""
-        return self._see()[0]
+        grid, param = self._grid, self.param
+        if grid is None or grid.strides != param.stride() or grid.shape != param.shape:
+            grid = self._grid = Grid.of(param, self.granularity)
+            self._density = 1 - self.mask_prob
+            if self.sampler == "stratified":
+                self._density = active_count(grid.cells, self._density) / max(1, grid.cells)
+        return grid
 
     @property
     def density(self) -> float:
         """d: the share of cells that is drawn, m / N, which differs from 1 - p in small tensors."""
-        return self._see()[1]
-
-    def _see(self) -> tuple[Grid, float]:
-        seen, param = self._seen, self.param
-        if seen is None or seen[0].strides != param.stride() or seen[0].shape != param.shape:
-            grid, density = Grid.of(param, self.granularity), 1 - self.mask_prob
-            if self.sampler == "stratified":
-                density = active_count(grid.cells, density) / max(1, grid.cells)
-            seen = self._seen = grid, density
-        return seen
+        grid = self.grid  # which it belongs to
+        return self._density if grid.cells else 1.0
 
     @property
     def fell_back_to_elements(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gmixout_optim.cells import Cells, Dither, Grid, Placement
 from gmixout_optim.index_sets import MAX_CELLS
 from gmixout_optim.param_groups import matches
-from gmixout_optim.rates import Rates, scaled_group
+from gmixout_optim.rates import Rates, scaled_lr
 from gmixout_optim.settings import KEY, Run, check_anchor_decay, check_group_keys
 
 
@@ -88,7 +88,9 @@ class Member:
     @property
     def shown_group(self) -> dict[str, Any]:
         """Its group as the base is shown it: with the learning rate that it trains with."""
-        return scaled_group(self.group, self.rate)
+        if "lr" not in self.group:
+            return self.group
+        return {**self.group, "lr": scaled_lr(self.group["lr"], self.rate)}
 
     @property
     def dither(self) -> Dither | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -28,18 +29,16 @@ class Rates:
     resample_every: int | None
     keeps_size: bool
 
-    def full(self, density: float) -> float:
-        """The rate once an episode has warmed up, for a tensor of drawn density d."""
-        if self.lr_scale != "auto":
-            return self.lr_scale
-        average = 1.0 if self.keeps_size else 1 / density
-        return average / self._mean_warmth()
-
     def at(self, density: float, steps_in_episode: int) -> float:
-        """The rate of the step that comes after so many in the episode."""
-        return self.full(density) * min(1.0, (steps_in_episode + 1) / max(1, self.warmup))
+        """The rate of the step that comes after so many in the episode, for drawn density d."""
+        risen = min(1.0, (steps_in_episode + 1) / max(1, self.warmup))
+        if self.lr_scale != "auto":
+            return self.lr_scale * risen
+        average = 1.0 if self.keeps_size else 1 / density
+        return average / self._mean_risen * risen
 
-    def _mean_warmth(self) -> float:
+    @cached_property
+    def _mean_risen(self) -> float:
         """The share of the full rate that the steps of an episode have on the average."""
         w, k = self.warmup, self.resample_every
         if w < 2 or k is None:
@@ -48,12 +47,8 @@ class Rates:
         return (rising * (rising + 1) / (2 * w) + k - rising) / k
 
 
-def scaled_group(group: dict[str, Any], rate: float) -> dict[str, Any]:
-    """A parameter group as the base is shown it: at ``rate`` times its learning rate."""
-    return {**group, "lr": _scaled(group["lr"], rate)} if "lr" in group else group
-
-
-def _scaled(lr: Any, rate: float) -> Any:
+def scaled_lr(lr: Any, rate: float) -> Any:
+    """A group's learning rate, a number or a tensor, times ``rate``; anything else as it is."""
     is_number = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
     return lr * rate if is_number and rate != 1 else lr
 
@@ -91,7 +86,7 @@ def shown_groups(
             part = {**group} if number else group
             part["params"] = own
             if lr is not None:
-                part["lr"] = _scaled(lr, rate)
+                part["lr"] = scaled_lr(lr, rate)
             if not number:
                 first.append((group.get("lr"), rate))
             shown.append(part)
@@ -107,4 +102,4 @@ def shown_groups(
             if lr is not None and group.get("lr") is scaled:
                 group["lr"] = lr
             elif lr is not None:
-                group["lr"] = _scaled(group["lr"], 1 / rate)
+                group["lr"] = scaled_lr(group["lr"], 1 / rate)
