@@ -29,6 +29,7 @@ class Layout(ABC):
         self.base = base
         self.members = members
         self.residual = residual
+        self._shows_slots = False
 
     @abstractmethod
     def step(self, closure: Closure | None) -> Any:
@@ -80,11 +81,15 @@ class Layout(ABC):
 
     def show_slots(self) -> None:
         """Let the base's state show what slots keep, for tools that walk an optimizer's state."""
+        self._shows_slots = True
         for member in self.members.trained():
             self.base.state[member.param][KEY] = kept_tensors(slot_of(member))
 
     def hide_slots(self) -> None:
         """Undo :meth:`show_slots`: an optimizer takes any entry for an initialised state."""
+        if not self._shows_slots:
+            return
+        self._shows_slots = False
         state = self.base.state
         for member in self.members.trained():
             entry = state.get(member.param)

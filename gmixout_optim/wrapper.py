@@ -274,7 +274,8 @@ class WrappingOptimizer(Optimizer):
     def _check_may_train(self, call: str) -> None:
         self._refuse_while_evaluating(call)
         self._members.check_groups(self.param_groups)
-        self._layout.show_live()  # of a persistent run that was consolidated
+        if self._run.residual == "persistent":  # which may have been consolidated
+            self._layout.show_live()
 
     def _warn_of_kept(self, written: list[Member], call: str) -> None:
         self._warn_once(
