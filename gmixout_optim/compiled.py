@@ -96,7 +96,7 @@ class Compiler:
                 given = Batch.of(some)
                 # A number would recompile in every episode.
                 dithers = [
-                    dither and dither._replace(key=torch.tensor(dither.key))
+                    dither and dither._replace(key=torch.tensor(dither.key, device="cpu"))
                     for dither in given.dithers
                 ]
                 options = self._options(some[0])

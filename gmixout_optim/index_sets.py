@@ -217,7 +217,7 @@ def active_cells(
     if kernel is not stratified_cells:
         order = torch.arange(count, device=device)
         # From pinned memory the numbers reach a GPU without the host waiting for it.
-        on_host = torch.tensor(numbers, pin_memory=order.is_cuda)
+        on_host = torch.tensor(numbers, device="cpu", pin_memory=order.is_cuda)
         return kernel(order, *on_host.to(order.device, non_blocking=True).unbind())
     pieces = [stratified_cells(order, *numbers) for order in _chunks(0, count, device)]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=device)

@@ -398,3 +398,25 @@ def test_invariant_8_round_trip_through_distributed_checkpoint_state_dicts() -> 
         train(model, optimizer, range(4, 9))
         train(resumed_model, resumed, range(4, 9))
         assert_equal(weights(model), weights(resumed_model))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module.", ""]
+)
+def test_what_wrappers_of_a_module_add_to_names_does_not_matter(prefix: str) -> None:
+    """In patterns and in state dicts: trained as a compiled model, resumed as a plain one."""
+
+    def wrapped(model: nn.Module, prefix: str) -> GMixoutOptimizer:
+        named = [(prefix + name, param) for name, param in model.named_parameters()]
+        base = torch.optim.AdamW(named, lr=0.01)
+        return GMixoutOptimizer(base, exclude="head.*", resample_every=4)
+
+    model, resumed_model = small_model(), small_model()
+    optimizer, resumed = wrapped(model, prefix), wrapped(resumed_model, "")
+    assert [row.mixed for row in optimizer.report().tensors] == [True, True, False, False]
+    train(model, optimizer, range(6))
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    train(model, optimizer, range(6, 12))
+    train(resumed_model, resumed, range(6, 12))
+    assert_equal(weights(model), weights(resumed_model))

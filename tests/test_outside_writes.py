@@ -245,6 +245,34 @@ def test_a_base_that_fails_leaves_what_the_model_holds() -> None:
         train(model, optimizer, range(4, 8))
 
 
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_new_tensor_names_its_device(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """A default device does not matter, as for the bare optimizer."""
+
+    def trained() -> tuple[nn.Module, GMixoutOptimizer]:
+        model = small_model(dtype)
+        base = torch.optim.SGD(model.named_parameters(), lr=0.02, momentum=0.9)
+        return model, GMixoutOptimizer(base, mask_prob=0.5, resample_every=2, **settings)
+
+    def steps(model: nn.Module, optimizer: GMixoutOptimizer) -> None:
+        for _ in range(5):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            optimizer.clip_grad_norm_(1.0)
+            with optimizer.eval_weights():
+                optimizer.report()
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    model, optimizer = trained()
+    other_model, other = trained()
+    steps(model, optimizer)
+    with torch.device("meta"):
+        steps(other_model, other)
+    assert_equal(weights(model), weights(other_model))
+
+
 def test_a_parameter_whose_shape_changes_before_its_first_step_is_counted_anew() -> None:
     """As when a vocabulary grows: the Parameter stays, its data are swapped."""
     for settings in (dict(), dict(granularity="row"), dict(granularity=4), dict(layout="dense")):
