@@ -130,16 +130,14 @@ def _refuse_step(base: Optimizer, *_: Any) -> None:
     if id(base) not in _entered:
         raise RuntimeError(
             f"step() of a {type(base).__name__} that is wrapped: call step() of the "
-            "GMixoutOptimizer "
-            "around it, which takes the base's step on the active weights"
+            "GMixoutOptimizer around it, which takes the base's step on the active weights"
         )
 
 
 def _refuse_load(base: Optimizer, *_: Any) -> None:
     raise RuntimeError(
         f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the "
-        "GMixoutOptimizer "
-        "around it, or into the base before wrapping it"
+        "GMixoutOptimizer around it, or into the base before wrapping it"
     )
 
 

@@ -89,8 +89,7 @@ def _checked_groups(given: dict[str, Any], own: Groups, layout: Layout) -> Group
     if len(saved) != len(own):
         raise ValueError(
             f"state_dict has {len(saved)} parameter groups, this optimizer {len(own)}: it belongs "
-            "to "
-            "another model"
+            "to another model"
         )
     groups: Groups = []
     for place, (group, mine) in enumerate(zip(saved, own, strict=True)):
@@ -99,8 +98,7 @@ def _checked_groups(given: dict[str, Any], own: Groups, layout: Layout) -> Group
         if not isinstance(group.get(KEY), dict):
             raise ValueError(
                 f"{where} of state_dict has no {KEY!r} entry: it is the state of a bare optimizer. "
-                "Load it "
-                "into the base before wrapping it"
+                "Load it into the base before wrapping it"
             )
         group = {
             **group,
@@ -137,8 +135,7 @@ def _check_parameters(saved: Any, own: dict[str, Any], where: str) -> None:
             if unwrapped(name) != unwrapped(own_name):
                 raise ValueError(
                     f"{where} of state_dict has {name!r} where this optimizer has {own_name!r}: it "
-                    "belongs "
-                    "to another model, or one whose parameters come in another order"
+                    "belongs to another model, or one whose parameters come in another order"
                 )
 
 
@@ -149,8 +146,7 @@ def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], where: st
         if key in saved and kind in (float, tuple) and _kind(saved[key]) is not kind:
             raise ValueError(
                 f"{where} of state_dict has {key}={saved[key]!r}, where this optimizer has "
-                f"{value!r}: it is "
-                "damaged"
+                f"{value!r}: it is damaged"
             )
     try:
         check_anchor_decay(saved.get("anchor_decay"))
@@ -228,8 +224,7 @@ def _check_keys(
             if isinstance(number, int) or of_torch:
                 raise ValueError(
                     f"state_dict has a state for parameter {number!r}, which is in none of its "
-                    "groups: it is "
-                    "damaged"
+                    "groups: it is damaged"
                 )
         elif type(base) in ELEMENTWISE and isinstance(entry, dict):
             form = {key: isinstance(item, Tensor) for key, item in entry.items() if key != KEY}
@@ -238,8 +233,7 @@ def _check_keys(
             if form != first:
                 raise ValueError(
                     f"state_dict holds {sorted(form)} of {name} and {sorted(first)} of another "
-                    "parameter of "
-                    "its group, or tensors for the one only: it is damaged"
+                    "parameter of its group, or tensors for the one only: it is damaged"
                 )
 
 
@@ -258,8 +252,7 @@ def _fitting_state(
     if type(base) in ELEMENTWISE and value.ndim > 0 and value.shape != shape:
         raise ValueError(
             f"state_dict holds {key!r} of {name} with shape {tuple(value.shape)}, but this "
-            "optimizer needs "
-            f"{tuple(shape)}: it belongs to another model or other settings"
+            f"optimizer needs {tuple(shape)}: it belongs to another model or other settings"
         )
     # torch keeps step counts on the host unless the step runs on the device.
     on_device = group.get("capturable") or group.get("fused")

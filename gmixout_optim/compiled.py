@@ -169,8 +169,7 @@ class Compiler:
         if self.wanted is not False:
             warnings.warn(
                 "the step could not be compiled and goes on eagerly; compile=False avoids the "
-                "attempt: "
-                f"{error}",
+                f"attempt: {error}",
                 stacklevel=2,
             )
         self.wanted = False

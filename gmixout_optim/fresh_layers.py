@@ -41,9 +41,8 @@ def warn_of_fresh_layers(members: Iterable[Member]) -> None:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
             f"{shown} will be mixed but looks freshly initialised: such a layer has no pretrained "
-            "weights worth "
-            "returning to and would hardly learn. Exclude it (exclude='head.*', with a base built "
-            "from "
-            "model.named_parameters()) or give its parameter group mask_prob=0",
+            "weights worth returning to and would hardly learn. Exclude it (exclude='head.*', "
+            "with a base built from model.named_parameters()) or give its parameter group "
+            "mask_prob=0",
             stacklevel=3,
         )

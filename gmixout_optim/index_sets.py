@@ -197,8 +197,7 @@ def active_cells(
     if not 0 <= start <= stop <= cells <= MAX_CELLS:
         raise ValueError(
             f"active_cells needs 0 <= start <= stop <= cells <= {MAX_CELLS}, got start={start}, "
-            f"stop={stop}, "
-            f"cells={cells}; a tensor with more cells needs a wider granularity"
+            f"stop={stop}, cells={cells}; a tensor with more cells needs a wider granularity"
         )
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
@@ -249,8 +248,7 @@ def active_cells_in_block(
     ):
         raise ValueError(
             f"the block at offsets={tuple(offsets)} of sizes={tuple(sizes)} does not lie in a grid "
-            "of "
-            f"shape={tuple(shape)}"
+            f"of shape={tuple(shape)}"
         )
     if prod(sizes) == 0:
         return torch.empty(0, dtype=torch.int32, device=device)

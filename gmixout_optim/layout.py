@@ -53,8 +53,8 @@ class Layout(ABC):
         elif slot.form != cells.form:
             raise RuntimeError(
                 f"{member.name} was {slot.form[0]} of shape {tuple(slot.form[1])} and is "
-                f"{cells.form[0]} of "
-                f"shape {tuple(cells.form[1])} now: convert the model before its optimizer is built"
+                f"{cells.form[0]} of shape {tuple(cells.form[1])} now: convert the model before "
+                "its optimizer is built"
             )
         elif slot.placement != cells.placement:
             self._follow(member, slot)

@@ -123,9 +123,8 @@ class Member:
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(
                 f"the gradient of {self.name} is sparse ({grad.layout}), which cannot be mixed: "
-                "build the "
-                "layer with dense gradients (torch.nn.Embedding(..., sparse=False)) or exclude the "
-                "parameter"
+                "build the layer with dense gradients (torch.nn.Embedding(..., sparse=False)) or "
+                "exclude the parameter"
             )
 
 
@@ -237,10 +236,8 @@ class Members:
             if fixed != (cells.mask_prob, cells.granularity):
                 raise ValueError(
                     f"mask_prob={fixed[0]!r} and granularity={fixed[1]!r} in the group of "
-                    f"{member.name} "
-                    f"differ from the {cells.mask_prob!r} and {cells.granularity!r} that it was "
-                    "wrapped "
-                    "with: they are fixed; wrap a new base to change them"
+                    f"{member.name} differ from the {cells.mask_prob!r} and {cells.granularity!r} "
+                    "that it was wrapped with: they are fixed; wrap a new base to change them"
                 )
 
 
@@ -249,8 +246,7 @@ def _check_parameter(name: str, param: Tensor) -> None:
     if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
         raise TypeError(
             f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallel) cannot be mixed "
-            "yet; give "
-            "its group mask_prob=0, or use DistributedDataParallel"
+            "yet; give its group mask_prob=0, or use DistributedDataParallel"
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}: only strided parameters can be mixed")

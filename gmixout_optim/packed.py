@@ -177,8 +177,7 @@ class PackedLayout(Layout):
             if isinstance(item, Tensor) and type(item) is not Tensor and item.numel() > 1:
                 raise TypeError(
                     f"base has stepped and keeps {key!r} of {member.name} as "
-                    f"{type(item).__name__}, which "
-                    "cannot be packed: wrap it before its first step"
+                    f"{type(item).__name__}, which cannot be packed: wrap it before its first step"
                 )
         grid = member.cells.grid
         for key in per_cell_state(state, member.cells.form[1]):

@@ -89,8 +89,7 @@ class PackedGradient(Tensor):
         if self._owner() is not member:
             raise RuntimeError(
                 "a gradient was packed by another GMixoutOptimizer, which has the same parameter: "
-                "use one "
-                "of them"
+                "use one of them"
             )
         return self._current()
 
@@ -112,9 +111,8 @@ class PackedGradient(Tensor):
         if self.draw != member.run.draws:
             raise RuntimeError(
                 f"the gradient of {member.name} was packed for an episode that has ended, and "
-                "other weights "
-                "are active now: call zero_grad() before backward(), and backward() again after "
-                "resample(), resync() or load_state_dict()"
+                "other weights are active now: call zero_grad() before backward(), and backward() "
+                "again after resample(), resync() or load_state_dict()"
             )
         return self.active.to(member.cells.local.device)
 
@@ -160,12 +158,9 @@ class PackedGradient(Tensor):
         raise RuntimeError(
             f"{func} is not defined for a packed gradient, which a GMixoutOptimizer with "
             "grad_layout='packed' made and which holds active weights only: read its .active, or "
-            ".dense() "
-            "for zeros elsewhere; for another optimizer call zero_grad() first. Where something "
-            "else owns "
-            "the gradients, as the reducer of DistributedDataParallel does, or differentiates "
-            "through them, "
-            "use grad_layout='dense'"
+            ".dense() for zeros elsewhere; for another optimizer call zero_grad() first. Where "
+            "something else owns the gradients, as the reducer of DistributedDataParallel does, or "
+            "differentiates through them, use grad_layout='dense'"
         )
 
     def _zero(self) -> PackedGradient:

@@ -52,8 +52,7 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
     unused = _unmatched(patterns, names)
     message = (
         f"exclude={value!r}: no parameter matches {unused}; names are like {names[:3]}, and "
-        "'head.*' matches "
-        "all parameters of the module 'head'"
+        "'head.*' matches all parameters of the module 'head'"
     )
     if len(unused) == len(patterns):
         raise ValueError(message)
@@ -108,8 +107,7 @@ def mixout_param_groups(
     for pattern in _unmatched(patterns, all_names):
         raise ValueError(
             f"head/exclude pattern {pattern!r} matches no parameter of the model; its names look "
-            "like "
-            f"{', '.join(map(repr, all_names[:3]))}"
+            f"like {', '.join(map(repr, all_names[:3]))}"
         )
     of_norms = {
         param

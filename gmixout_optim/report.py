@@ -82,8 +82,7 @@ class Report:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             f"GMixout around {self.base}: {self.residual} residual, {self.layout} layout, "
-            f"{self.sampler} sampler; "
-            f"episode {self.episode}, step {self.steps_in_episode}",
+            f"{self.sampler} sampler; episode {self.episode}, step {self.steps_in_episode}",
             f"{len(mixed)} of {len(self.tensors)} tensors mixed, "
             f"{covered / max(1, weights):.1%} of {weights:,} weights",
             *(

@@ -321,9 +321,7 @@ def fitting(saved: dict[str, Any], key: str, like: Tensor, name: str) -> Tensor:
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise ValueError(
             f"state_dict holds {key!r} of {name} with shape {tuple(tensor.shape)} and "
-            f"{tensor.dtype}, but "
-            f"this optimizer needs {tuple(like.shape)} and {like.dtype}: it belongs to another "
-            "model or "
-            "other settings"
+            f"{tensor.dtype}, but this optimizer needs {tuple(like.shape)} and {like.dtype}: it "
+            "belongs to another model or other settings"
         )
     return tensor.detach().to(like.device, copy=True)

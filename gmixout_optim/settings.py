@@ -128,8 +128,7 @@ def check_mask_prob(value: Any) -> float:
     if not 0 <= _check_number("mask_prob", value) < 1:
         raise ValueError(
             f"mask_prob must be in [0, 1), got {value!r}: it is the probability that a weight sits "
-            "at "
-            "its anchor"
+            "at its anchor"
         )
     return float(value)
 
@@ -138,8 +137,7 @@ def check_anchor_decay(value: Any) -> float:
     if not 0 <= _check_number("anchor_decay", value) <= 1:
         raise ValueError(
             f"anchor_decay must be in [0, 1], got {value!r}: it is the weight of the old anchor in "
-            "its "
-            "moving average"
+            "its moving average"
         )
     return float(value)
 
@@ -161,8 +159,7 @@ def _check_lr_scale(value: Any) -> float | str:
     if not 0 < _check_number("lr_scale", value, expected) < math.inf:
         raise ValueError(
             f"lr_scale must be {expected}, got {value!r}: active weights train with so many times "
-            "their "
-            "group's learning rate"
+            "their group's learning rate"
         )
     return float(value)
 
@@ -213,16 +210,14 @@ def check_base(base: Any, wrapper: type[Optimizer]) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"base must be a torch.optim.Optimizer instance, got {base!r} of type "
-            f"{type(base).__name__}: "
-            "build it with the model's parameters first"
+            f"{type(base).__name__}: build it with the model's parameters first"
         )
     if isinstance(base, wrapper):
         raise TypeError(f"base is already a {wrapper.__name__}: wrap an optimizer once")
     if any(KEY in group for group in base.param_groups):
         raise ValueError(
             f"base is held by another {wrapper.__name__} already: build a new "
-            f"{type(base).__name__} to "
-            "wrap"
+            f"{type(base).__name__} to wrap"
         )
 
 
@@ -263,22 +258,19 @@ def _check_base_can_mix(base: Optimizer, run: Run) -> None:
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(
             f"base={name} has differentiable=True: a step on mixed parameters cannot be "
-            "differentiated "
-            "through"
+            "differentiated through"
         )
     if has_modes(base):
         raise ValueError(
             f"base={name} has train() and eval(): it keeps weights of its own to evaluate, and "
-            "which of "
-            "the two would be deployed is not defined; use it alone, or wrap an optimizer without "
-            "them"
+            "which of the two would be deployed is not defined; use it alone, or wrap an optimizer "
+            "without them"
         )
     given = {"lr_scale": run.lr_scale not in ("auto", 1), "episode_warmup": run.episode_warmup > 0}
     for argument in [key for key, is_given in given.items() if is_given and not has_rates(base)]:
         raise ValueError(
             f"{argument}={getattr(run, argument)!r} does not fit base={name}, which steps all "
-            "weights at "
-            "one rate: leave it out, and set or schedule the base's lr"
+            "weights at one rate: leave it out, and set or schedule the base's lr"
         )
     if kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")
@@ -297,14 +289,12 @@ def check_grad_layout(run: Run, value: Any) -> bool:
     if packed:
         raise ValueError(
             f"grad_layout='packed' needs layout='packed': {reason}, and so it needs whole "
-            "gradients; use "
-            "grad_layout='dense'"
+            "gradients; use grad_layout='dense'"
         )
     if run.stochastic_rounding:
         raise ValueError(
             f"stochastic_rounding=True needs layout='packed': {reason}, in the parameters' own "
-            "dtype, "
-            "and there is nothing to round; use stochastic_rounding=False"
+            "dtype, and there is nothing to round; use stochastic_rounding=False"
         )
     return packed
 
@@ -314,8 +304,7 @@ def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:
     if saved.get("version") != VERSION:
         raise ValueError(
             f"state_dict has format version {saved.get('version')!r}, this library reads versions "
-            "up to "
-            f"{VERSION}"
+            f"up to {VERSION}"
         )
     for key in PROGRESS:
         value = saved.get(key)
@@ -326,8 +315,7 @@ def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:
     if saved["seed"] >= 2**63 or (k is not None and saved["steps_in_episode"] >= k):
         raise ValueError(
             f"state_dict has seed={saved['seed']} and steps_in_episode={saved['steps_in_episode']} "
-            "in "
-            f"{where}, of resample_every={k}: it is damaged"
+            f"in {where}, of resample_every={k}: it is damaged"
         )
     for field in fields(run):
         own = getattr(run, field.name)
@@ -356,10 +344,8 @@ def up_to_date(run: dict[str, Any]) -> dict[str, Any]:
     if run.get("carry_state"):
         raise ValueError(
             "state_dict was saved with carry_state=True, which is no longer there: it gained "
-            "nothing, and "
-            "with some optimizers it started weights at wrong states. Finish that run with the "
-            "version of "
-            "the library that began it, or start a new one from its weights"
+            "nothing, and with some optimizers it started weights at wrong states. Finish that run "
+            "with the version of the library that began it, or start a new one from its weights"
         )
     lr_scale = run.get("lr_scale")
     return {**run, "version": 5, "lr_scale": "auto" if lr_scale is None else lr_scale}

@@ -92,8 +92,7 @@ class WrappingOptimizer(Optimizer):
         if member is None:
             raise ValueError(
                 "param is not mixed (excluded, or mask_prob=0): it has no anchor. "
-                "optimizer.report() lists "
-                "what is"
+                "optimizer.report() lists what is"
             )
         return self._layout.residual.dense_anchor(member)
 
@@ -142,8 +141,7 @@ class WrappingOptimizer(Optimizer):
         if isinstance(params, set):
             raise TypeError(
                 "optimizer parameters need to be organized in ordered collections, but the "
-                "ordering of "
-                "tensors in sets will change between runs. Please use a list instead."
+                "ordering of tensors in sets will change between runs. Please use a list instead."
             )
         # As torch does: a generator is not used up by a call that fails.
         params = param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -282,9 +280,8 @@ class WrappingOptimizer(Optimizer):
             written,
             call,
             f"were written since the last step, by a loaded checkpoint or a constraint: {call} "
-            "keeps them as "
-            "they are. To take them as what the episode learned and average them in, call "
-            "resample() before",
+            "keeps them as they are. To take them as what the episode learned and average them "
+            "in, call resample() before",
         )
 
     def _warn_of_mixed(self, written: list[Member]) -> None:
@@ -292,10 +289,8 @@ class WrappingOptimizer(Optimizer):
             written,
             "resample()",
             "were written by somebody else in the episode that ended, and the anchor moved toward "
-            "them by 1 - "
-            "anchor_decay. After loading a checkpoint call resync(), which takes it as the anchor; "
-            "a constraint "
-            "that is applied after every step needs nothing",
+            "them by 1 - anchor_decay. After loading a checkpoint call resync(), which takes it "
+            "as the anchor; a constraint that is applied after every step needs nothing",
         )
 
     def _member_of(self, param: Tensor) -> Member | None:
@@ -319,11 +314,13 @@ class WrappingOptimizer(Optimizer):
 
     def _refuse_while_evaluating(self, call: str) -> None:
         self._refuse_in_step(call)
-        if self._run.evaluating or self._open_blocks:
+        shown = "the model holds the weights to deploy there, not those that are trained"
+        if self._open_blocks:
+            raise RuntimeError(f"{call} inside eval_weights(): {shown}; leave the block first")
+        if self._run.evaluating:
             raise RuntimeError(
-                f"{call} inside eval_weights() or after eval(): the model holds the weights to "
-                "deploy there, "
-                "not those that are trained; leave the block or call optimizer.train() first"
+                f"{call} after eval(), or after loading a checkpoint that was saved so: {shown}; "
+                "load the model's weights, if any, then call optimizer.train()"
             )
 
     def _refuse_in_step(self, call: str) -> None:

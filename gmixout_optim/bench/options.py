@@ -67,9 +67,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     if free is not None and needed > free:
         parser.error(
             f"--model {given.model} in {given.dtype} needs about {needed / 1e9:.1f} GB on {device} "
-            "for both optimizers at "
-            f"once, {free / 1e9:.1f} GB are free: choose a smaller model, a narrower --dtype, or "
-            "--only-memory"
+            f"for both optimizers at once, {free / 1e9:.1f} GB are free: choose a smaller model, a "
+            "narrower --dtype, or --only-memory"
         )
     return Options(
         command=shlex.join([*PROGRAM.split(), *arguments]),
