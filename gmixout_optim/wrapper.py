@@ -94,6 +94,8 @@ class WrappingOptimizer(Optimizer):
                 "param is not mixed (excluded, or mask_prob=0): it has no anchor. "
                 "optimizer.report() lists what is"
             )
+        if member.slot is not None:
+            self._layout.slot(member)  # where the parameter is now
         return self._layout.residual.dense_anchor(member)
 
     @torch.no_grad()
