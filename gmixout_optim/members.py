@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -165,6 +166,8 @@ class Members:
         self.exclude = exclude
         self.defaults = defaults
         self._of: dict[Tensor, Member] = {}
+        # The groups as they were adopted: dict, parameters, names.
+        self._groups: list[tuple[dict[str, Any], list[Tensor], list[str]]] = []
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._of.values())
@@ -218,17 +221,48 @@ class Members:
         for group in groups:
             group.update(check_group_keys({**self.defaults, **group}))
             group[KEY] = self.run
+            first = sum(len(params) for _, params, _ in self._groups)
+            names = [name_of(group, place, first + place) for place in range(len(group["params"]))]
+            self._groups.append((group, list(group["params"]), names))
         for member in found:
             self._of[member.param] = member
 
+    def bind(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Follow groups that were replaced by others with the same parameters, place by place.
+
+        Raises:
+            RuntimeError: groups were added or removed, or ``group["params"]`` edited, by hand.
+        """
+        advice = (
+            "use add_param_group() of the GMixoutOptimizer to add parameters, "
+            "requires_grad_(False) to stop training some, and wrap a new base for other changes"
+        )
+        if len(groups) != len(self._groups):
+            raise RuntimeError(
+                f"there are {len(groups)} parameter groups and were {len(self._groups)}: group "
+                f"{len(self._groups)} was added past the wrapper, or one was removed; {advice}"
+            )
+        for number, (group, known) in enumerate(zip(groups, self._groups, strict=True)):
+            old, params, names = known
+            shown = group["params"]
+            if len(shown) != len(params) or not all(map(is_, shown, params)):
+                kept = {id(param) for param in shown}
+                known_by = zip(names, params, strict=True)
+                lost = [name for name, param in known_by if id(param) not in kept]
+                what = f"lost {lost[0]}" if lost else "got or moved parameters"
+                raise RuntimeError(f"parameter group {number} {what} by hand: {advice}")
+            if group is not old:
+                own = check_group_keys({**self.defaults, **check_group_keys(old), **group})
+                group.update({**own, KEY: self.run})
+                self._groups[number] = group, params, names
+                for member in self:
+                    if member.group is old:
+                        member.group = group
+
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise where a group's fixed settings changed, or its ``anchor_decay`` is impossible."""
-        for number, group in enumerate(groups):
-            if group.get(KEY) is not self.run:
-                raise RuntimeError(
-                    f"parameter group {number} was added or replaced past the wrapper: use "
-                    "add_param_group() and load_state_dict() of the GMixoutOptimizer"
-                )
+        self.bind(groups)
+        for group in groups:
             check_anchor_decay(group["anchor_decay"])
         for member in self:
             group, cells = member.group, member.cells

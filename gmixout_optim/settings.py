@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -86,6 +86,14 @@ class Run:
         saved = asdict(self)
         del saved["draws"]
         return {"version": VERSION, **saved}
+
+    # Groups hold the run, and tools that walk groups know mappings.
+
+    def keys(self) -> Iterable[str]:
+        return self.to_dict().keys()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
 
 
 # Checks. Each names the argument, the value and what may stand there.

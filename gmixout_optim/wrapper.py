@@ -163,6 +163,7 @@ class WrappingOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of base and wrapper: exact in mid-episode, and without index sets."""
         self._refuse_in_step("state_dict()")
+        self._members.bind(self.param_groups)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = checkpoint.make_state_dict(self._layout)
@@ -182,6 +183,7 @@ class WrappingOptimizer(Optimizer):
                 damaged; the message says what differs, and nothing has changed.
         """
         self._refuse_in_step("load_state_dict()")
+        self._members.bind(self.param_groups)
         if isinstance(state_dict, dict):
             state_dict = dict(state_dict)
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -309,7 +309,9 @@ def test_going_past_the_wrapper(layout: str) -> None:
         model, optimizer = copy.deepcopy((model, optimizer))
         base = optimizer.base
     base.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
-    with pytest.raises(RuntimeError, match="group 1 was added or replaced past the wrapper"):
+    with pytest.raises(
+        RuntimeError, match=r"group 1 was added past the wrapper.*add_param_group\(\)"
+    ):
         optimizer.step()
 
 
@@ -369,3 +371,54 @@ def test_a_warning_that_is_an_error_leaves_the_base_free() -> None:
         with pytest.raises(UserWarning, match="freshly initialised"):
             GMixoutOptimizer(base)
     GMixoutOptimizer(base)
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+@pytest.mark.parametrize("change", ["remove", "replace", "append", "reorder"])
+def test_parameters_edited_by_hand_are_refused_by_name(change: str, layout: str) -> None:
+    """At the next step, and before a state dict is written that could not be loaded."""
+    model = small_model()
+    base = torch.optim.AdamW(model.named_parameters(), lr=0.01)
+    optimizer = GMixoutOptimizer(base, layout=layout)
+    train(model, optimizer, range(3))
+    before = weights(model)
+    params = optimizer.param_groups[0]["params"]
+    if change == "remove":
+        del params[2]
+    elif change == "replace":
+        params[2] = nn.Parameter(torch.zeros_like(params[2]))
+    elif change == "append":
+        params.append(nn.Parameter(torch.zeros(3)))
+    else:
+        params.reverse()
+    message = "lost head.weight" if change in ("remove", "replace") else "got or moved parameters"
+    for call in (optimizer.step, optimizer.resample, optimizer.state_dict):
+        with pytest.raises(RuntimeError, match=rf"group 0 {message} by hand.*add_param_group"):
+            call()
+    assert_equal(before, weights(model))
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+@pytest.mark.parametrize("change", [dict(lr=0.001), dict(anchor_decay=1.0)], ids=str)
+def test_groups_replaced_by_equal_ones_are_bound_again(change: dict, layout: str) -> None:
+    """As Lightning's fine-tuning callbacks and Accelerate do; later changes are obeyed."""
+    runs = []
+    for replaces in (False, True):
+        model = small_model()
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = GMixoutOptimizer(base, layout=layout, resample_every=4)
+        state = optimizer.state_dict()
+        for load in (False, True):
+            train(model, optimizer, range(6))
+            if replaces:
+                optimizer.param_groups = [
+                    {key: value for key, value in group.items() if key != "gmixout"}
+                    for group in optimizer.param_groups
+                ]
+            if load:
+                optimizer.load_state_dict(state)
+        optimizer.param_groups[0].update(change)
+        train(model, optimizer, range(9))
+        optimizer.consolidate()
+        runs.append(weights(model))
+    assert_equal(*runs)
