@@ -64,3 +64,24 @@ def test_invariant_10_ddp_trains_as_one_process_does(tmp_path) -> None:
     assert_equal(first, second)
     for ours, theirs in zip(weights(model), first, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused_before_anything_changes(use_orig_params: bool) -> None:
+    """Its own checkpoint call fails on the wrapper's state; found at construction, not then."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        device = torch.device("cpu")
+        model = FullyShardedDataParallel(
+            small_model(), use_orig_params=use_orig_params, device_id=device
+        )
+        base = torch.optim.AdamW(model.named_parameters(), lr=0.05)
+        with pytest.raises(TypeError, match=r"FullyShardedDataParallel \(FSDP1\).*mask_prob=0"):
+            GMixoutOptimizer(base)
+        assert "gmixout" not in base.param_groups[0]
+        GMixoutOptimizer(base, mask_prob=0.0)
+    finally:
+        dist.destroy_process_group()
