@@ -280,7 +280,8 @@ def _check_parameter(name: str, param: Tensor) -> None:
     if getattr(param, "_fsdp_flattened", False):  # with and without use_orig_params
         raise TypeError(
             f"{name} is a parameter of FullyShardedDataParallel (FSDP1), whose checkpoints "
-            "cannot hold what the wrapper keeps: give its group mask_prob=0, or use DistributedDataParallel"
+            "cannot hold what the wrapper keeps: give its group mask_prob=0, or use "
+            "DistributedDataParallel"
         )
     if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
         raise TypeError(
