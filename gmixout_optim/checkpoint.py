@@ -37,7 +37,11 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
         entry = {key: item for key, item in base.state.get(param, {}).items() if key != KEY}
         member = members.get(param)
         if member is not None and member.slot is not None:
-            entry[KEY] = kept_tensors(member.slot)
+            member.notice()
+            written = {"written": 1} if member.slot.foreign else {}
+            entry[KEY] = {**kept_tensors(member.slot), **written}
+        elif member is not None and entry:
+            entry[KEY] = {"trained": 0}  # the base's state is not packed yet
         if entry:
             state[number] = entry
     return {"state": state, "param_groups": groups}
@@ -189,11 +193,11 @@ def _checked_state(
             raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
         if is_packed and member is not None and KEY not in entry:
             raise ValueError(f"{name} is mixed here and was not in the run that was saved")
-        if member is not None and KEY in entry:
-            if not isinstance(entry[KEY], dict):
-                raise ValueError(
-                    f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged"
-                )
+        if member is not None and KEY in entry and not isinstance(entry[KEY], dict):
+            raise ValueError(
+                f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged"
+            )
+        if member is not None and KEY in entry and entry[KEY].get("trained") != 0:
             index = member.cells.draw(run["seed"], run["episode"])
             kept = _kept_up_to_date(layout, member, index, entry[KEY], run)
             slot = slots[member] = layout.residual.restored(member, index, kept)

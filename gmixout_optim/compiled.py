@@ -126,7 +126,6 @@ class Compiler:
                 slot = slot_of(member)
                 if slot.value is not None:
                     slot.value.copy_(slot.anchor)
-                slot.version = member.cells.version
 
     def _wants(self, member: Member) -> bool:
         if member.cells.local.is_cuda:

@@ -53,6 +53,7 @@ class DenseLayout(Layout):
             with shown_groups(self.base, {member.param: member.rate for member in self.members}):
                 loss = enter_step(self.base, None if closure is None else evaluate)
             loan.take_back()
+            self.seal(stepped=True)
         except BaseException:
             loan.give_up()
             for param, weights in kept:
@@ -60,8 +61,8 @@ class DenseLayout(Layout):
             raise
         return loss
 
-    def take_over(self, member: Member) -> None:
-        """Nothing to do: the base keeps its state whole."""
+    def check_state(self, member: Member) -> None:
+        """Nothing to check: the base keeps its state whole."""
 
     def _begin_episodes(self, members: list[Member]) -> None:
         for member in members:
@@ -86,13 +87,12 @@ class _LentParameters:
         members = list(self.layout.members)
         for member in members:
             member.check_gradient()
+        self.layout.look()
         for member in members:
-            grad = member.cells.gradient
-            if grad is None and member.slot is None:
-                continue
-            self.layout.slot(member)
-            self.residual.catch_up(member)
-            self.gradients[member] = grad
+            if member.cells.gradient is not None:
+                self.layout.slot(member)
+        for member in self.layout.members.trained():
+            grad = self.gradients[member] = member.cells.gradient
             if grad is not None:
                 member.param.grad = self._masked(member, grad)
             loan = self.loans[member] = self.residual.lend(member)
@@ -102,12 +102,14 @@ class _LentParameters:
         for member, loan in self.loans.items():
             self.residual.take_back(member, loan)
         self.loans.clear()
+        self.layout.seal()
         self._return_gradients()
 
     def give_up(self) -> None:
         """Put everything back to where the step began."""
         for member, loan in self.first.items():
             self.residual.give_up(member, loan)
+        self.layout.seal()
         self._return_gradients()
 
     def _return_gradients(self) -> None:

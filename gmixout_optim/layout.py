@@ -40,8 +40,8 @@ class Layout(ABC):
         """Take redrawn index sets into use; where the base starts anew, its state is fresh."""
 
     @abstractmethod
-    def take_over(self, member: Member) -> None:
-        """Bring a state that the base already has of a tensor into the layout's form."""
+    def check_state(self, member: Member) -> None:
+        """Raise where the base already has a state of a tensor that the layout cannot take over."""
 
     # Slots
 
@@ -73,7 +73,7 @@ class Layout(ABC):
         for name, item in kept_tensors(slot).items():
             whole = self.residual.keeps_whole_tensors and name != "live"
             setattr(slot, name, cells.grid.copy(item.to(device)) if whole else item.to(device))
-        slot.placement, slot.version = cells.placement, None
+        slot.placement = cells.placement
         state = self.base.state.get(member.param, {})
         for key, item in state.items():
             if isinstance(item, Tensor) and item.ndim > 0:
@@ -98,26 +98,56 @@ class Layout(ABC):
                 if not entry:
                     del state[member.param]
 
+    # Who wrote. Parameters may share a version counter, as chunks of one tensor do: all are looked
+    # at before the library writes to any, and sealed after it has written to all.
+
+    def look(self) -> None:
+        """See what somebody else wrote into the model since :meth:`seal`."""
+        always = self.residual.keeps_whole_tensors
+        for member in self.open_members():
+            if always or slot_of(member).version != member.cells.version:
+                self.residual.look(member)
+
+    def seal(self, stepped: bool = False) -> None:
+        """What the model holds now is the library's; ``stepped``: and was trained on."""
+        for member in self.members.trained():
+            slot = slot_of(member)
+            slot.version = member.cells.version
+            if stepped:
+                slot.trained_foreign = slot.trained_foreign or slot.foreign
+                slot.foreign = False
+
     # Episodes
 
-    def end_episode(self, skip_written: bool = False) -> list[Member]:
-        """Move the anchors; ``skip_written`` skips tensors written since the last step.
+    def end_episode(self, keep_foreign: bool = False) -> tuple[list[Member], list[Member]]:
+        """Move the anchors toward what the model holds. An episode begins after it.
 
-        Returns the members whose anchors moved toward what somebody else wrote in this episode.
+        Args:
+            keep_foreign: leave tensors as they are that somebody else wrote since the last step.
+
+        Returns:
+            the members that were left, and those whose anchors moved toward foreign weights.
         """
-        moved_to = []
-        for member in self.open_members():
-            if not (skip_written and member.was_written()):
-                self.residual.catch_up(member)
-                self.residual.end_episode(member)
-                if slot_of(member).written:
-                    moved_to.append(member)
-            slot_of(member).written = False
-        return moved_to
+        self.look()
+        left, moved = [], []
+        for member in self.members.trained():
+            slot = slot_of(member)
+            if keep_foreign and slot.foreign:
+                left.append(member)
+                continue
+            if slot.foreign or slot.trained_foreign:
+                moved.append(member)
+            self.residual.end_episode(member)
+        return left, moved
 
     def begin_episode(self) -> None:
         self.members.run.begin_episode()
-        self._begin_episodes(self.open_members())
+        members = self.open_members()
+        self._begin_episodes(members)
+        for member in members:
+            slot = slot_of(member)
+            slot.foreign = slot.trained_foreign = False
+        self.seal()
 
     def reanchor(self) -> None:
         """Take the weights now in the model as the anchor. An episode begins after it."""
@@ -131,41 +161,46 @@ class Layout(ABC):
         return any(slot_of(member).live is not None for member in self.members.trained())
 
     def show_deployed(self) -> list[Member]:
-        """Put the weights to deploy into tensors that were not written since the last step.
+        """Put the weights to deploy into the model. After a failure it is as it was.
 
-        Returns these. After a failure the model is as it was.
+        Returns:
+            the members that were left as they are: somebody else wrote them since the last step.
         """
-        written, shown = [], []
+        self.look()
+        members = self.members.trained()
+        shown = [member for member in members if not slot_of(member).foreign]
         try:
-            for member in self.open_members():
-                if member.was_written():
-                    written.append(member)
-                else:
-                    shown.append(member)
-                    self.residual.show_deployed(member)
+            for member in shown:
+                self.residual.show_deployed(member)
         except BaseException:
             for member in shown:
                 if slot_of(member).live is not None:
                     self.residual.show_live(member)
             raise
-        return written
+        finally:
+            self.seal()
+        return [member for member in members if slot_of(member).foreign]
 
     def show_live(self) -> list[Member]:
-        """Put the live weights back, but for tensors that were written since :meth:`show_deployed`.
+        """Put the live weights back. After a failure those that were not put back are kept.
 
-        There what was written becomes the anchor. Returns these.
+        Returns:
+            the members that were left as they are, their weights now the anchor: somebody else
+            wrote them since :meth:`show_deployed`.
         """
-        written = []
-        for member in self.members.trained():
-            if slot_of(member).live is None:
-                continue
-            self.slot(member)
-            if member.was_written():
-                written.append(member)
-                self.residual.reanchor(member)
-            else:
-                self.residual.show_live(member)
-        return written
+        self.look()
+        left = []
+        try:
+            for member in self.members.trained():
+                slot = slot_of(member)
+                if slot.live is not None and slot.foreign:
+                    left.append(member)
+                    self.residual.reanchor(member)
+                elif slot.live is not None:
+                    self.residual.show_live(member)
+        finally:
+            self.seal()
+        return left
 
     # Gradients
 

@@ -26,11 +26,11 @@ class Slot:
         value: what the base trains (phi, or U), where the model does not hold it: below float32,
             with rescaling, and dense with the persistent residual. Else None.
         placement, form: device and strides, dtype and shape of the parameter it was made for.
-        version: of the parameter when the library last wrote or read all of it; None where that is
-            not known, after loading, copying or moving.
-        written: whether somebody else wrote to the parameter in this episode.
+        version: of the parameter when the library last looked at it or wrote it; None where its
+            contents are to be compared, after loading or copying.
+        foreign: whether somebody else wrote to the parameter since the last step.
+        trained_foreign: whether such weights were trained on in this episode.
         live: the live weights on the active cells while the model shows those to deploy, else None.
-        is_trained: whether it was ever trained; not yet where it took over a state of the base.
     """
 
     anchor: Tensor
@@ -38,9 +38,9 @@ class Slot:
     placement: Placement
     form: tuple[torch.dtype, torch.Size]
     version: int | None = None
-    written: bool = False
+    foreign: bool = False
+    trained_foreign: bool = False
     live: Tensor | None = None
-    is_trained: bool = True
 
 
 @dataclass(eq=False)
@@ -113,10 +113,11 @@ class Member:
         """Its active weights: bool, of the parameter's shape."""
         return self.cells.mask(self.index())
 
-    def was_written(self) -> bool:
-        """Whether somebody else wrote to the parameter since the library last did."""
+    def notice(self) -> None:
+        """Note whether somebody else wrote to the parameter since the library last looked."""
         slot = self.slot
-        return slot is not None and slot.version not in (None, self.cells.version)
+        if slot is not None and slot.version not in (None, self.cells.version):
+            slot.foreign = True
 
     def check_gradient(self) -> None:
         """Raise where the gradient cannot be masked, before anything is changed."""

@@ -15,7 +15,7 @@ from gmixout_optim.cells import Granularity
 from gmixout_optim.dense import DenseLayout
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.index_sets import Sampler
-from gmixout_optim.members import Members
+from gmixout_optim.members import Member, Members
 from gmixout_optim.packed import PackedLayout
 from gmixout_optim.packed_gradient import leave_gradients
 from gmixout_optim.param_groups import check_exclude
@@ -207,7 +207,7 @@ class GMixoutOptimizer(WrappingOptimizer):
                 parameter has a sparse gradient. Nothing has changed then.
         """
         self._check_may_train("step()")
-        only_creates_state = self._only_creates_state()
+        only_creates_state = closure is None and self._only_creates_state()
         with self._working_in_base():
             loss = self._layout.step(closure)
         self._pack_gradients()
@@ -215,7 +215,7 @@ class GMixoutOptimizer(WrappingOptimizer):
             return loss
         self._run.steps_in_episode += 1
         if self._run.episode_is_over:
-            self.resample()
+            self._next_episode()
         return loss
 
     @torch.no_grad()
@@ -236,6 +236,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         (with the persistent residual it keeps its state).
         """
         self._refuse_while_evaluating("resync()")
+        self._members.check_groups(self.param_groups)
         with self._working_in_base():
             self._layout.reanchor()
             self._layout.begin_episode()
@@ -253,17 +254,17 @@ class GMixoutOptimizer(WrappingOptimizer):
         self._refuse_in_step("consolidate()")
         if self._open_blocks:
             self._refuse_while_evaluating("consolidate()")
+        self._members.check_groups(self.param_groups)
         self.train()
+        left: list[Member] = []
         if self._run.residual == "persistent":
             self._layout.show_live()
-            written = self._layout.show_deployed()
-            for member in written:
+            left = self._layout.show_deployed()
+            for member in left:
                 self._layout.residual.reanchor(member)
-            self._warn_of_kept(written, "consolidate()")
         elif self.steps_in_episode > 0:
-            written = [member for member in self._members if member.was_written()]
-            self._warn_of_kept(written, "consolidate()")
-            self._next_episode(skip_written=True)
+            left = self._next_episode(keep_foreign=True)
+        self._warn_of_kept(left, "consolidate()")
         for member in self._members:
             if member.packs_gradients:  # a further step has them packed again
                 leave_gradients(member.param)
@@ -298,6 +299,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         has been called.
         """
         self._refuse_in_step("eval()")
+        self._members.check_groups(self.param_groups)
         if not self._layout.shows_deployed:  # nor after consolidate(), with the persistent residual
             self._warn_of_kept(self._layout.show_deployed(), "eval()")
             self._run.evaluating = True

@@ -63,11 +63,9 @@ class PackedLayout(Layout):
             member.check_gradient()
             if isinstance(member.cells.gradient, PackedGradient):
                 member.cells.gradient.current_for(member)
-        for member in dict.fromkeys([*learning, *self.members.trained()]):
-            slot = self.slot(member)
-            if not slot.is_trained or slot.version != member.cells.version:
-                self.residual.catch_up(member)
-                slot.is_trained = slot.is_trained or member.cells.gradient is not None
+        self.look()
+        for member in learning:
+            self.slot(member)
         batched, lent = self._split(learning)
         compiled, eager = self.compiler.split_step(batched)
         try:
@@ -77,12 +75,12 @@ class PackedLayout(Layout):
             step_in_batches(self.base, eager)
             step_in_batches(self.base, self.compiler.step(compiled))
         except BaseException:
-            for member in learning:
+            for member in self.members.trained():
                 # Whether its values were stepped is not known: the model says.
                 slot_of(member).version = None
+            self.look()
             raise
-        for member in learning:
-            slot_of(member).version = member.cells.version
+        self.seal(stepped=True)
         return loss
 
     def _split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
@@ -149,12 +147,12 @@ class PackedLayout(Layout):
         compiled, eager = self.compiler.split(members)
         for member in compiled:
             member.index(compiled_draw())
-        for member in members:
-            anchor = slot_of(member).anchor
-            size = member.cells.grid.size_at(member.index())
-            renew_state(
-                self.base, member.param, member.shown_group, anchor.shape, torch.Size([size])
-            )
+        for member in self.members:
+            shape = new_shape = member.cells.form[1]
+            if member.slot is not None:
+                size = member.cells.grid.size_at(member.index())
+                shape, new_shape = member.slot.anchor.shape, torch.Size([size])
+            renew_state(self.base, member.param, member.shown_group, shape, new_shape)
         for member in eager:
             self.residual.begin_episode(member)
         self.compiler.begin_episode(compiled)
@@ -166,20 +164,17 @@ class PackedLayout(Layout):
             self._pack_state(member)
         return slot
 
-    def take_over(self, member: Member) -> None:
-        if self.base.state.get(member.param):
-            self.slot(member).is_trained = False
-
-    def _pack_state(self, member: Member) -> None:
-        """Take over what a base that has already stepped knows of the active cells."""
-        state = self.base.state.get(member.param, {})
-        for key, item in state.items():
+    def check_state(self, member: Member) -> None:
+        for key, item in self.base.state.get(member.param, {}).items():
             if isinstance(item, Tensor) and type(item) is not Tensor and item.numel() > 1:
                 raise TypeError(
                     f"base has stepped and keeps {key!r} of {member.name} as "
                     f"{type(item).__name__}, which cannot be packed: wrap it before its first step"
                 )
-        grid = member.cells.grid
+
+    def _pack_state(self, member: Member) -> None:
+        """Take over what a base that has already stepped knows of the active cells."""
+        state, grid = self.base.state.get(member.param, {}), member.cells.grid
         for key in per_cell_state(state, member.cells.form[1]):
             packed = mixing.gather(grid.view(state[key]), member.index())
             state[key] = packed.to(slot_of(member).anchor.dtype)

@@ -73,9 +73,8 @@ def shown_groups(
     groups = base.param_groups
     kept = [(group, list(group["params"]), group.get("lr")) for group in groups]
     shown: list[dict[str, Any]] = []
-    first: list[
-        tuple[Any, float]
-    ] = []  # the learning rate of each group's own dict, and its factor
+    # What each group's own dict shows as its learning rate, times what, and the tensor's version.
+    first: list[tuple[Any, float, int]] = []
     for group, params, lr in kept:
         parts: dict[float, list[Tensor]] = {}
         for param in params:
@@ -88,7 +87,7 @@ def shown_groups(
             if lr is not None:
                 part["lr"] = scaled_lr(lr, rate)
             if not number:
-                first.append((group.get("lr"), rate))
+                first.append((group.get("lr"), rate, _version(group.get("lr"))))
             shown.append(part)
     everything = list(groups)
     groups[:] = shown
@@ -97,9 +96,15 @@ def shown_groups(
     finally:
         base.param_groups = groups
         groups[:] = everything
-        for (group, params, lr), (scaled, rate) in zip(kept, first, strict=True):
+        for (group, params, lr), (scaled, rate, version) in zip(kept, first, strict=True):
             group["params"] = params
-            if lr is not None and group.get("lr") is scaled:
-                group["lr"] = lr
-            elif lr is not None:
+            if lr is not None and group.get("lr") is not scaled:
                 group["lr"] = scaled_lr(group["lr"], 1 / rate)
+            elif lr is not None:
+                if scaled is not lr and _version(scaled) != version:  # changed in place
+                    lr.copy_(scaled / rate)
+                group["lr"] = lr
+
+
+def _version(lr: Any) -> int:
+    return lr._version if isinstance(lr, Tensor) else 0

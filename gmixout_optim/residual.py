@@ -40,32 +40,27 @@ class Residual(ABC):
         """Take the weights now in the model as the anchor."""
         slot = slot_of(member)
         slot.anchor, slot.value = self._from_model(member)
-        slot.live, slot.written, slot.version = None, False, member.cells.version
+        slot.live, slot.foreign, slot.trained_foreign = None, False, False
 
-    def catch_up(self, member: Member) -> None:
+    def look(self, member: Member) -> None:
         """Take what somebody else wrote into the model, and note that they did."""
         slot = slot_of(member)
-        if not slot.is_trained:
-            self.reanchor(member)
-            return
-        slot.written = slot.written or member.was_written()
-        self._take_written(member, slot)
+        changed = slot.version != member.cells.version
+        member.notice()
+        if slot.live is None:
+            self._take_written(member, slot, changed)
         slot.version = member.cells.version
 
     def show_deployed(self, member: Member) -> None:
         """Put the weights to deploy into the model, until :meth:`show_live`."""
-        slot = slot_of(member)
-        self.catch_up(member)
         live, deployed = self.theta(member), self.deployed(member)
-        slot.live = live  # before the write: should it fail, they are put back
+        slot_of(member).live = live  # before the write: should it fail, they are put back
         self._write_deployed(member, deployed)
-        slot.version = member.cells.version
 
     def show_live(self, member: Member) -> None:
         """Put the live weights back into the model."""
-        slot = slot_of(member)
-        theta, slot.live = self.theta(member), None
-        self._write_theta(member, theta)
+        self._write_theta(member, self.theta(member))
+        slot_of(member).live = None  # after the write: should it fail, they are still there
 
     def theta(self, member: Member) -> Tensor:
         """The live weights on S, packed, in the parameter's dtype."""
@@ -80,10 +75,8 @@ class Residual(ABC):
 
     def give_up(self, member: Member, loan: Loan) -> None:
         """Undo :meth:`lend` after a failure."""
-        slot = slot_of(member)
-        slot.value = loan.value
+        slot_of(member).value = loan.value
         member.cells.local.copy_(loan.whole)
-        slot.version = member.cells.version
 
     def restored(self, member: Member, index: Tensor, saved: dict[str, Any]) -> Slot:
         """A slot from the tensors of a state dict. Raises ValueError where they do not fit."""
@@ -98,7 +91,8 @@ class Residual(ABC):
                 value if value is None else cells.grid.copy(value),
             )
         live = fitting(saved, "live", held, name) if "live" in saved else None
-        return Slot(anchor, value, cells.placement, cells.form, live=live)
+        foreign = bool(saved.get("written"))
+        return Slot(anchor, value, cells.placement, cells.form, foreign=foreign, live=live)
 
     def dtype_of(self, member: Member) -> torch.dtype:
         """The dtype of anchor and value."""
@@ -113,8 +107,8 @@ class Residual(ABC):
         """Anchor and value of a tensor whose weights are the anchor."""
 
     @abstractmethod
-    def _take_written(self, member: Member, slot: Slot) -> None:
-        """Make what the slot keeps agree with the model."""
+    def _take_written(self, member: Member, slot: Slot, changed: bool) -> None:
+        """Make what the slot keeps agree with the model, which may have ``changed``."""
 
     @abstractmethod
     def _write_value(self, member: Member) -> None:
@@ -177,8 +171,8 @@ class EpisodicResidual(Residual):
         anchor = active.to(self.dtype_of(member))
         return anchor, anchor.clone() if self.keeps_value(member) else None
 
-    def _take_written(self, member: Member, slot: Slot) -> None:
-        if slot.value is None or slot.version == member.cells.version:
+    def _take_written(self, member: Member, slot: Slot, changed: bool) -> None:
+        if slot.value is None or not changed:
             return
         held = self.theta(member)
         written = mixing.model_values(slot.anchor, slot.value, member.scale)
@@ -213,7 +207,6 @@ class EpisodicResidual(Residual):
 
     def _write_theta(self, member: Member, theta: Tensor) -> None:
         mixing.scatter_(member.cells.view(), member.index(), theta)
-        slot_of(member).version = member.cells.version
 
     def end_episode(self, member: Member) -> None:
         self._write_theta(member, self.deployed(member))
@@ -247,9 +240,9 @@ class PersistentResidual(Residual):
         cells = member.cells
         return cells.grid.copy(cells.local), cells.grid.copy(cells.local)
 
-    def _take_written(self, member: Member, slot: Slot) -> None:
+    def _take_written(self, member: Member, slot: Slot, changed: bool) -> None:
         cells, grid, index = member.cells, member.cells.grid, member.index()
-        if member.scale != 1 and slot.version == cells.version:
+        if member.scale != 1 and not changed:
             return
         anchor, value = self._active(member)
         held = self.theta(member)
@@ -281,7 +274,6 @@ class PersistentResidual(Residual):
         slot, cells = slot_of(member), member.cells
         cells.local.copy_(slot.anchor)
         mixing.scatter_(cells.view(), member.index(), theta)
-        slot.version = cells.version
 
     def end_episode(self, member: Member) -> None:
         slot = slot_of(member)

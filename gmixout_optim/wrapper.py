@@ -96,6 +96,7 @@ class WrappingOptimizer(Optimizer):
             )
         if member.slot is not None:
             self._layout.slot(member)  # where the parameter is now
+            self._layout.residual.look(member)
         return self._layout.residual.dense_anchor(member)
 
     @torch.no_grad()
@@ -137,6 +138,7 @@ class WrappingOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; it may set group keys."""
+        self._refuse_in_step("add_param_group()")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         params = param_group["params"]
@@ -196,6 +198,8 @@ class WrappingOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks stay behind; so does a scheduler's patch of this instance's step.
         self._layout.hide_slots()
+        for member in self._members:
+            member.notice()
         left = {"step", "_resample_hooks"}
         return {
             key: value
@@ -204,7 +208,8 @@ class WrappingOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_resample_hooks": OrderedDict(), **state})
+        outside = {"_resample_hooks": OrderedDict(), "_is_busy": False, "_open_blocks": 0}
+        super().__setstate__({**state, **outside})
         guard(self.base)
         for member in self._members:
             if member.slot is not None:
@@ -233,13 +238,12 @@ class WrappingOptimizer(Optimizer):
         return "\n".join([*lines, ")"])
 
     def _adopt(self, groups: Sequence[dict[str, Any]], mixed: list[Member]) -> None:
+        for member in mixed:
+            self._layout.check_state(member)
         self._members.adopt(groups, mixed)
         for group in groups:
             for param in group["params"]:
                 leave_gradients(param)
-        with self._working_in_base():
-            for member in mixed:
-                self._layout.take_over(member)
         self._pack_gradients()
 
     def _pack_gradients(self) -> None:
@@ -248,13 +252,15 @@ class WrappingOptimizer(Optimizer):
             for member in self._members:
                 pack_gradients(member)
 
-    def _next_episode(self, skip_written: bool = False) -> None:
+    def _next_episode(self, keep_foreign: bool = False) -> list[Member]:
+        """End the episode and begin the next; returns the members that were left as they are."""
         with self._working_in_base():
-            mixing_in = self._layout.end_episode(skip_written)
+            left, moved = self._layout.end_episode(keep_foreign)
             self._layout.begin_episode()
-        self._warn_of_mixed(mixing_in)
+        self._warn_of_mixed(moved)
         for hook in list(self._resample_hooks.values()):
             hook(self)
+        return left
 
     def _only_creates_state(self) -> bool:
         """Whether this step only creates state, as torch.distributed.checkpoint's first does.
@@ -264,7 +270,7 @@ class WrappingOptimizer(Optimizer):
         return (
             self._run.episode == self._run.steps_in_episode == 0
             and not self._members.trained()
-            and all(group["lr"] == 0 for group in self.param_groups)
+            and all(group.get("lr") == 0 for group in self.param_groups)
             and not any(
                 bool(param.grad.any())
                 for group in self.param_groups
