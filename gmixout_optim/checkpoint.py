@@ -194,9 +194,7 @@ def _checked_state(
         if is_packed and member is not None and KEY not in entry:
             raise ValueError(f"{name} is mixed here and was not in the run that was saved")
         if member is not None and KEY in entry and not isinstance(entry[KEY], dict):
-            raise ValueError(
-                f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged"
-            )
+            raise ValueError(f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged")
         if member is not None and KEY in entry and entry[KEY].get("trained") != 0:
             index = member.cells.draw(run["seed"], run["episode"])
             kept = _kept_up_to_date(layout, member, index, entry[KEY], run)

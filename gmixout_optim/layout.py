@@ -101,11 +101,16 @@ class Layout(ABC):
     # Who wrote. Parameters may share a version counter, as chunks of one tensor do: all are looked
     # at before the library writes to any, and sealed after it has written to all.
 
-    def look(self) -> None:
-        """See what somebody else wrote into the model since :meth:`seal`."""
+    def look(self, but_converted: bool = False) -> None:
+        """See what somebody else wrote into the model since :meth:`seal`.
+
+        ``but_converted`` leaves tensors out whose dtype or shape was changed, which are refused.
+        """
         always = self.residual.keeps_whole_tensors
-        for member in self.open_members():
-            if always or slot_of(member).version != member.cells.version:
+        for member in self.members.trained():
+            if but_converted and slot_of(member).form != member.cells.form:
+                continue
+            if self.slot(member).version != member.cells.version or always:
                 self.residual.look(member)
 
     def seal(self, stepped: bool = False) -> None:

@@ -198,8 +198,8 @@ class WrappingOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks stay behind; so does a scheduler's patch of this instance's step.
         self._layout.hide_slots()
-        for member in self._members:
-            member.notice()
+        with torch.no_grad():
+            self._layout.look(but_converted=True)
         left = {"step", "_resample_hooks"}
         return {
             key: value
@@ -211,9 +211,8 @@ class WrappingOptimizer(Optimizer):
         outside = {"_resample_hooks": OrderedDict(), "_is_busy": False, "_open_blocks": 0}
         super().__setstate__({**state, **outside})
         guard(self.base)
+        self._layout.seal()  # the copied parameters have other versions
         for member in self._members:
-            if member.slot is not None:
-                member.slot.version = None  # the copied parameter has another
             if member.packs_gradients:
                 member.packs_gradients = False
                 pack_gradients(member)
