@@ -301,3 +301,40 @@ def test_groups_are_checked_wherever_they_are_read() -> None:
     train(model, optimizer, range(2))
     assert refused == [True] * 2
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", ["", "eval"])
+@pytest.mark.parametrize("after", ["memory", "raise"])
+def test_what_was_loaded_is_known_past_moves_and_failed_steps(
+    after: str, before: str, kind: str
+) -> None:
+    """In channels_last the parameter has other strides; a failed step leaves what it met."""
+    pair = model, optimizer = build(**KINDS[kind])
+    act(pair, "step", 0, 0)
+    if after == "raise":
+        act(pair, "raise", 0, 1)
+    if before:
+        act(pair, before, 0, 0)
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)
+    if after == "memory":
+        act(pair, "memory", 1, 0)
+    optimizer.consolidate()
+    assert (model[0].weight == 7).all()
+
+
+def test_a_redraw_makes_a_state_fresh_that_was_not_packed_yet() -> None:
+    """Of a base that had stepped before it was wrapped, on tensors without a gradient since."""
+    runs = []
+    for had_stepped in (True, False):
+        model = small_model()
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if had_stepped:
+            train(model, base, range(2))
+            model.load_state_dict(small_model().state_dict())
+        optimizer = GMixoutOptimizer(base, mask_prob=0.5)
+        optimizer.resample()
+        train(model, optimizer, range(3))
+        runs.append(weights(model))
+    assert_equal(*runs)
