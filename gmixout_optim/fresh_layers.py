@@ -26,9 +26,8 @@ def looks_freshly_initialised(param: Tensor) -> bool:
     count = param.numel()
     bound = float(param[0].numel()) ** -0.5
     largest = max(-low, high)
-    edge = (
-        1 - 10 / count
-    )  # of n uniform draws the largest is within 10 / n of the bound, all but 1 in e**10 times
+    # Of n uniform draws the largest is within 10 / n of the bound, all but 1 in e**10 times.
+    edge = 1 - 10 / count
     if count < 64 or not edge * bound <= largest <= bound * 1.001:
         return False
     ratio = float(weights.float().square().mean()) / (bound**2 / 3)

@@ -86,8 +86,7 @@ def mixout_param_groups(
     Returns:
         up to three groups of ``(name, parameter)`` pairs, with ``mask_prob`` and ``weight_decay``
         set: mixed tensors, unmixed tensors of two or more dimensions, unmixed tensors of fewer and
-            those of
-        norms. Empty groups are left out.
+        those of norms. Empty groups are left out.
 
     Raises:
         TypeError: ``model`` is no module.

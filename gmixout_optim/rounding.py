@@ -22,8 +22,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, random: Tensor) -> Tens
 
     A value between neighbours a < b becomes b with probability (value - a) / (b - a) over uniform
     ``random``; a value that ``dtype`` can hold does not change. For given bits the function is
-    monotone: a larger value is never rounded lower. (Gupta et al. 2015, arXiv 1502.02551, section
-        3.1.)
+    monotone: a larger value is never rounded lower.
+    (Gupta et al. 2015, arXiv 1502.02551, section 3.1.)
 
     Args:
         values: float32.

@@ -15,8 +15,7 @@ class Case:
     """One optimizer in one configuration.
 
     ``elementwise``: each weight's update depends on that weight alone. ``matrices_only``: takes 2-D
-        parameters
-    only. ``closure``: its step needs one. ``sparse``: takes sparse gradients only.
+    parameters only. ``closure``: its step needs one. ``sparse``: takes sparse gradients only.
     """
 
     name: str
