@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -288,6 +289,28 @@ def test_hooks_of_the_base_see_packed_gradients() -> None:
     take_steps(params, optimizer, 2)
     active = sorted((int(optimizer.active_mask(param).sum()),) for param in params)
     assert shapes == [active, active]
+
+
+def test_copies_pickles_and_new_groups_step_compiled() -> None:
+    params = parameters()
+    optimizer = adamw(params, True)
+    take_steps(params, optimizer, 4)
+    both = [copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))]
+    take_steps(params, optimizer, 4)
+    for other_params, other in both:
+        take_steps(other_params, other, 4)
+        assert_equal(params, other_params)
+
+    more, more_copied = nn.Parameter(torch.ones(40)), nn.Parameter(torch.ones(40))
+    copied_params, copied = both[0]
+    for added, to in ((more, optimizer), (more_copied, copied)):
+        to.add_param_group({"params": [added]})
+    made = graphs()
+    take_steps([*params, more], optimizer, 4)
+    assert graphs() > made
+    take_steps([*copied_params, more_copied], copied, 4)
+    assert_equal([*params, more], [*copied_params, more_copied])
+    assert not torch.equal(more, torch.ones(40))
 
 
 def test_wide_cells_step_eagerly_on_a_cpu() -> None:

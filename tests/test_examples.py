@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,16 +65,21 @@ def test_bad_flags_are_refused(tmp_path: Path) -> None:
 
 def test_interrupt_leaves_no_half_written_file(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(DEMO), "--output", "out"],
+        [sys.executable, "-u", str(DEMO), "--quick", "--output", "out"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not so in the background
     )
-    time.sleep(8)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        begun, _, _ = select.select([process.stdout], [], [], 120)
+        assert begun, "says nothing"
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert said.startswith("linear probe fitted")  # so it was in the training that comes next
     assert process.returncode == 130
     assert "Traceback" not in errors
     left = list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else []

@@ -45,12 +45,21 @@ def study(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def wait_for_lines(results: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the study has written so many, for five minutes at most."""
+    deadline = time.monotonic() + 300
+    while not results.exists() or len(results.read_text().splitlines()) < count:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"not {count} lines in five minutes: {process.communicate()[1]}")
+        time.sleep(0.2)
+
+
 def test_runs_at_toy_size_goes_on_after_a_kill_and_stops_when_all_is_there(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     process = study("--results", str(results), "--workers", "2")
-    while not results.exists() or len(results.read_text().splitlines()) < 3:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.2)
+    wait_for_lines(results, 3, process)
     process.kill()
     process.communicate()
     before = results.read_text()
@@ -124,8 +133,9 @@ def test_levers_are_drawn(name: str, setting: str, tmp_path: Path) -> None:
 
 
 def test_ends_quietly_when_it_is_interrupted(tmp_path: Path) -> None:
-    process = study("--results", str(tmp_path / "results.jsonl"), "--workers", "1")
-    time.sleep(8)
+    results = tmp_path / "results.jsonl"
+    process = study("--results", str(results), "--workers", "1")
+    wait_for_lines(results, 1, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
