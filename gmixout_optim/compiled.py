@@ -28,6 +28,7 @@ from gmixout_optim.packed_step import (
     SettledGroups,
     by_options,
     form_of_options,
+    grouped,
     options_of,
     packed_step,
     partition,
@@ -229,10 +230,7 @@ def _batches(
     members: list[Member], form: Callable[[Member], Hashable]
 ) -> Iterator[tuple[Hashable, list[Member]]]:
     """Members that are alike, so many at a time that one graph is to serve them."""
-    alike: dict[Hashable, list[Member]] = {}
-    for member in members:
-        alike.setdefault(form(member), []).append(member)
-    for key, some in alike.items():
+    for key, some in grouped(members, form).items():
         size = _GPU_TENSORS if is_launched(some[0].param) else _CPU_TENSORS
         for start in range(0, len(some), size):
             yield key, some[start : start + size]

@@ -89,7 +89,7 @@ class _LentParameters:
             member.check_gradient()
         self.layout.look()
         for member in members:
-            if member.cells.gradient is not None:
+            if member.cells.gradient is not None and member.slot is None:
                 self.layout.slot(member)
         for member in self.layout.members.trained():
             grad = self.gradients[member] = member.cells.gradient

@@ -65,7 +65,8 @@ class PackedLayout(Layout):
                 member.cells.gradient.current_for(member)
         self.look()
         for member in learning:
-            self.slot(member)
+            if member.slot is None:
+                self.slot(member)
         batched, lent = self._split(learning)
         compiled, eager = self.compiler.split_step(batched)
         try:

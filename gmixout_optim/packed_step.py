@@ -147,15 +147,22 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
 
 def by_options(members: list[Member]) -> Iterable[list[Member]]:
     """Members that the base steps with the same options: of one group, at one rate."""
-    alike: dict[Hashable, list[Member]] = {}
-    for member in members:
-        alike.setdefault((id(member.group), member.cells.density), []).append(member)
-    return alike.values()
+    return grouped(members, lambda member: (id(member.group), member.cells.density)).values()
 
 
 def options_of(base: Optimizer, member: Member) -> dict[str, Any]:
     group = member.shown_group
     return {key: group[key] for key in base.defaults}
+
+
+def grouped(
+    members: list[Member], key: Callable[[Member], Hashable]
+) -> dict[Hashable, list[Member]]:
+    """The members by what ``key`` says of them, in order."""
+    groups: dict[Hashable, list[Member]] = {}
+    for member in members:
+        groups.setdefault(key(member), []).append(member)
+    return groups
 
 
 def partition(

@@ -89,13 +89,12 @@ def shown_groups(
             if not number:
                 first.append((group.get("lr"), rate, _version(group.get("lr"))))
             shown.append(part)
-    everything = list(groups)
     groups[:] = shown
     try:
         yield
     finally:
         base.param_groups = groups
-        groups[:] = everything
+        groups[:] = [group for group, _, _ in kept]
         for (group, params, lr), (scaled, rate, version) in zip(kept, first, strict=True):
             group["params"] = params
             if lr is not None and group.get("lr") is not scaled:
