@@ -24,7 +24,7 @@ from gmixout_optim.bases import resets_in_place
 from gmixout_optim.index_sets import stratified_cells
 from gmixout_optim.members import Member
 from gmixout_optim.packed_step import (
-    Batch,
+    Item,
     SettledGroups,
     by_options,
     form_of_options,
@@ -94,18 +94,13 @@ class Compiler:
         _move_step_counts(members, self.base.state)
         for alike in by_options(members):
             for key, some in _batches(alike, self._form_of_step):
-                given = Batch.of(some)
-                # A number would recompile in every episode.
-                dithers = [
-                    dither and dither._replace(key=torch.tensor(dither.key, device="cpu"))
-                    for dither in given.dithers
-                ]
+                items = [_without_number(Item.of(member)) for member in some]
                 options = self._options(some[0])
                 made_for = (plain, form_of_options(options, numbers=True), key, len(some))
                 states = [self.base.state[member.param] for member in some]
                 try:
                     _kernel(packed_step, made_for)(
-                        *given._replace(dithers=dithers),
+                        items,
                         enter=step_plain,
                         states=states,
                         plain=plain,
@@ -210,6 +205,14 @@ def _form_of(member: Member) -> Hashable:
         slot.value is None,
         member.index().dtype,
     )
+
+
+def _without_number(item: Item) -> Item:
+    """With the key of its random bits in a tensor: a number would recompile in every episode."""
+    if item.dither is None:
+        return item
+    key = torch.tensor(item.dither.key, device="cpu")
+    return item._replace(dither=item.dither._replace(key=key))
 
 
 def _move_step_counts(members: list[Member], state: Any) -> None:

@@ -26,7 +26,7 @@ from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, Slot
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.packed_step import (
-    Batch,
+    Item,
     SettledGroups,
     form_of_options,
     packed_step,
@@ -142,7 +142,7 @@ class PackedLayout(Layout):
                 for value in trained:
                     value.grad = None
 
-        packed_step(*Batch.of(members), enter=enter)
+        packed_step(list(map(Item.of, members)), enter=enter)
 
     def _begin_episodes(self, members: list[Member]) -> None:
         compiled, eager = self.compiler.split(members)

@@ -25,78 +25,67 @@ from gmixout_optim.residual import slot_of
 _BATCH_BYTES = 1 << 22
 
 
-class Batch(NamedTuple):
-    """Some tensors, as :func:`packed_step` takes them; views and indices as in :mod:`mixing`.
+class Item(NamedTuple):
+    """One tensor of a step, its view as in :mod:`gmixout_optim.mixing`.
 
     Attributes:
-        values: what is trained, where the model does not hold it.
-        grads: gradients as views, with a flag: whether they are packed already.
-        scales: s of each.
-        dithers: how they are rounded.
+        indices: of its active cells.
+        value: what is trained, where the model does not hold it.
+        grad: the gradient of the weights: a view, or packed already.
+        scale: s.
+        dither: how what is written is rounded.
     """
 
-    views: list[Tensor]
-    indices: list[Tensor]
-    values: list[Tensor | None]
-    anchors: list[Tensor]
-    grads: list[tuple[Tensor, bool]]
-    scales: list[float]
-    dithers: list[Dither | None]
+    view: Tensor
+    indices: Tensor
+    value: Tensor | None
+    anchor: Tensor
+    grad: Tensor
+    is_packed: bool
+    scale: float
+    dither: Dither | None
 
     @classmethod
-    def of(cls, members: list[Member]) -> Batch:
-        columns = zip(*map(_columns, members), strict=True)
-        return cls(*map(list, columns)) if members else cls([], [], [], [], [], [], [])
+    def of(cls, member: Member) -> Item:
+        slot, grid, grad = slot_of(member), member.cells.grid, member.cells.gradient
+        assert grad is not None
+        is_packed = isinstance(grad, PackedGradient)
+        grad = grad.current_for(member) if isinstance(grad, PackedGradient) else grid.view(grad)
+        return cls(
+            grid.view(member.cells.local),
+            member.index(),
+            slot.value,
+            slot.anchor,
+            grad,
+            is_packed,
+            member.scale,
+            member.dither,
+        )
 
 
-def _columns(member: Member) -> tuple[Any, ...]:
-    slot, grid, grad = slot_of(member), member.cells.grid, member.cells.gradient
-    assert grad is not None
-    packed = isinstance(grad, PackedGradient)
-    given = grad.current_for(member) if isinstance(grad, PackedGradient) else grid.view(grad)
-    view = grid.view(member.cells.local)
-    index, grads = member.index(), (given, packed)
-    return view, index, slot.value, slot.anchor, grads, member.scale, member.dither
-
-
-def packed_step(
-    views: list[Tensor],
-    indices: list[Tensor],
-    values: list[Tensor | None],
-    anchors: list[Tensor],
-    grads: list[tuple[Tensor, bool]],
-    scales: list[float],
-    dithers: list[Dither | None],
-    enter: Callable[..., None],
-    **entered: Any,
-) -> None:
-    """A step on the tensors of a :class:`Batch`.
+def packed_step(items: list[Item], enter: Callable[..., None], **entered: Any) -> None:
+    """A step on the active cells of some tensors.
 
     Args:
         enter: ``enter(trained, grads, **entered)`` steps the base on packed values, in place.
     """
-    indices = [index.long() for index in indices]
+    indices = [item.indices.long() for item in items]
     trained = [
-        mixing.gather(view, index) if value is None else value
-        for view, index, value in zip(views, indices, values, strict=True)
+        mixing.gather(item.view, index) if item.value is None else item.value
+        for item, index in zip(items, indices, strict=True)
     ]
-    used = [_used_gradient(*each) for each in zip(indices, trained, grads, scales, strict=True)]
-    enter(trained, used, **entered)
-    for view, index, anchor, value, scale, dither in zip(
-        views, indices, anchors, trained, scales, dithers, strict=True
-    ):
-        theta = mixing.model_values(anchor, value, scale)
-        mixing.scatter_(view, index, mixing.narrowed(theta, view.dtype, index, dither))
+    enter(trained, list(map(_used_gradient, items, indices, trained)), **entered)
+    for item, index, value in zip(items, indices, trained, strict=True):
+        theta = mixing.model_values(item.anchor, value, item.scale)
+        rounded = mixing.narrowed(theta, item.view.dtype, index, item.dither)
+        mixing.scatter_(item.view, index, rounded)
 
 
-def _used_gradient(
-    index: Tensor, value: Tensor, given: tuple[Tensor, bool], scale: float
-) -> Tensor:
+def _used_gradient(item: Item, index: Tensor, value: Tensor) -> Tensor:
     """The gradient of the packed values: s * grad on the active cells, in their dtype."""
-    grad, packed = given
-    active = grad if packed else mixing.gather_gradient(grad, index)
+    active = item.grad if item.is_packed else mixing.gather_gradient(item.grad, index)
     active = active if active.dtype == value.dtype else active.to(value.dtype)
-    return active if scale == 1 else active * scale
+    return active if item.scale == 1 else active * item.scale
 
 
 def step_plain(
@@ -140,9 +129,8 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
         options = options_of(base, alike[0])
         for batch in _cached_batches(alike):
             states = [base.state[member.param] for member in batch]
-            packed_step(
-                *Batch.of(batch), enter=step_plain, states=states, plain=plain, options=options
-            )
+            items = list(map(Item.of, batch))
+            packed_step(items, enter=step_plain, states=states, plain=plain, options=options)
 
 
 def by_options(members: list[Member]) -> Iterable[list[Member]]:
