@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from types import MethodType
 from typing import Any
 
@@ -55,6 +56,15 @@ REFUSED: dict[type[Optimizer], str] = {
 # Element-wise optimizers whose state starts at the learning rate of the step that creates it.
 _STARTS_AT_LR = (torch.optim.ASGD, torch.optim.Rprop)
 
+# Everything that they keep of a parameter. Entries under other names are somebody else's.
+_OWN_KEYS = frozenset(
+    {
+        *("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+        *("square_avg", "grad_avg", "acc_delta", "sum", "ax", "eta", "mu", "mu_product"),
+        *("prev", "step_size"),
+    }
+)
+
 # State that is not per element, although its shape can be the parameter's (0-d, or one column).
 _SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product", "row_var", "col_var"})
 
@@ -64,7 +74,21 @@ _SHARED_STATE = (torch.optim.LBFGS,)
 
 def has_rates(base: Optimizer) -> bool:
     """Whether parameters of one group could be stepped at different learning rates."""
-    return type(base) not in _SHARED_STATE
+    return not why_one_rate(base)
+
+
+def why_one_rate(base: Optimizer) -> str:
+    """Why the base cannot be shown different learning rates; "" where it can."""
+    if type(base) in _SHARED_STATE:
+        return "steps all weights at one rate"
+    if not all(is_lr(group.get("lr")) for group in base.param_groups):
+        return "finds its learning rate itself (a group has no number as lr)"
+    return ""
+
+
+def is_lr(lr: Any) -> bool:
+    """Whether a group's learning rate is a number, or a tensor of one."""
+    return isinstance(lr, Real | Tensor) and not isinstance(lr, bool)
 
 
 def follows_lr(base: Optimizer) -> bool:
@@ -73,6 +97,18 @@ def follows_lr(base: Optimizer) -> bool:
     Rprop reads it once, when it creates its state, and ASGD a step ahead.
     """
     return has_rates(base) and not isinstance(base, _STARTS_AT_LR)
+
+
+def inner_optimizers(base: Optimizer) -> dict[str, Optimizer]:
+    """Optimizers that the base holds, and would step, by the name of its attribute."""
+    inner: dict[str, Optimizer] = {}
+    for name, value in vars(base).items():
+        if isinstance(value, dict):
+            value = list(value.values())
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, Optimizer) and item is not base:
+                inner.setdefault(name, item)
+    return inner
 
 
 def has_modes(base: Optimizer) -> bool:
@@ -158,7 +194,12 @@ def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
 # State
 
 
-def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
+def is_own(base: Optimizer, key: str) -> bool:
+    """Whether an entry of a parameter's state is the base's, as far as that is known."""
+    return type(base) not in ELEMENTWISE or key in _OWN_KEYS
+
+
+def per_cell_state(base: Optimizer, state: dict[str, Any], shape: torch.Size) -> set[str]:
     """The names of state tensors with one value for each element of a parameter of ``shape``.
 
     Quantised ones (tensor subclasses) are not among them: they hold a scale for many elements.
@@ -166,7 +207,10 @@ def per_cell_state(state: dict[str, Any], shape: torch.Size) -> set[str]:
     return {
         key
         for key, value in state.items()
-        if type(value) is Tensor and value.shape == shape and key not in _SHARED_KEYS
+        if type(value) is Tensor
+        and value.shape == shape
+        and key not in _SHARED_KEYS
+        and is_own(base, key)
     }
 
 
@@ -187,9 +231,9 @@ def renew_state(
         del base.state[param]
         return
     fresh = ELEMENTWISE[type(base)]
-    per_cell = per_cell_state(state, shape)
+    per_cell = per_cell_state(base, state, shape)
     for key, value in state.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and is_own(base, key):
             if key in per_cell and shape != new_shape:
                 state[key] = value = value.new_empty(new_shape)
             value.fill_(fresh[key](group) if key in fresh else 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import ELEMENTWISE
+from gmixout_optim.bases import ELEMENTWISE, is_own
 from gmixout_optim.layout import Layout, kept_tensors
 from gmixout_optim.members import Member, Slot, name_of, parameters
 from gmixout_optim.param_groups import unwrapped
@@ -229,7 +229,9 @@ def _check_keys(
                     "groups: it is damaged"
                 )
         elif type(base) in ELEMENTWISE and isinstance(entry, dict):
-            form = {key: isinstance(item, Tensor) for key, item in entry.items() if key != KEY}
+            form = {
+                key: isinstance(item, Tensor) for key, item in entry.items() if is_own(base, key)
+            }
             name, group, _ = owners[number]
             first = forms.setdefault(id(group), form) if form else form
             if form != first:
@@ -251,7 +253,8 @@ def _fitting_state(
     """A copy of one entry of the base's state where the base keeps it."""
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if type(base) in ELEMENTWISE and value.ndim > 0 and value.shape != shape:
+    is_packable = type(base) in ELEMENTWISE and is_own(base, key)
+    if is_packable and value.ndim > 0 and value.shape != shape:
         raise ValueError(
             f"state_dict holds {key!r} of {name} with shape {tuple(value.shape)}, but this "
             f"optimizer needs {tuple(shape)}: it belongs to another model or other settings"

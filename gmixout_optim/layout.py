@@ -198,6 +198,8 @@ class Layout(ABC):
         try:
             for member in self.members.trained():
                 slot = slot_of(member)
+                if slot.live is not None and self.residual.still_shows_deployed(member):
+                    slot.foreign = False  # an average swapped in and out again, say
                 if slot.live is not None and slot.foreign:
                     left.append(member)
                     self.residual.reanchor(member)

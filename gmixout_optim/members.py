@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gmixout_optim.cells import Cells, Dither, Grid, Placement
 from gmixout_optim.index_sets import MAX_CELLS
 from gmixout_optim.param_groups import matches
 from gmixout_optim.rates import Rates, scaled_lr
 from gmixout_optim.settings import KEY, Run, check_anchor_decay, check_group_keys
+
+# The members that each mixed parameter belongs to, by weak reference.
+_holders: MutableMapping[Tensor, ref[Members]] = WeakTensorKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -55,6 +61,7 @@ class Member:
         rates: of all members.
         slot: what it keeps; None while it was never trained, and sits at its anchor.
         packs_gradients: whether backward packs its gradients.
+        is_repeated: whether it is in its group more than once, and the base steps it as often.
     """
 
     cells: Cells
@@ -64,6 +71,7 @@ class Member:
     rates: Rates
     slot: Slot | None = None
     packs_gradients: bool = False
+    is_repeated: bool = False
     _index: tuple[int, Grid, Tensor] | None = None
 
     @property
@@ -133,12 +141,16 @@ class Member:
 def parameters(
     groups: Iterable[dict[str, Any]],
 ) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
-    """``(number, group, place in the group, parameter)`` of all parameters."""
-    number = 0
+    """``(number, group, place in the group, parameter)`` of all parameters.
+
+    A parameter that is repeated has its first number, as in torch's state dicts.
+    """
+    numbers: dict[Tensor, int] = {}
+    count = 0
     for group in groups:
         for place, param in enumerate(group["params"]):
-            yield number, group, place, param
-            number += 1
+            yield numbers.setdefault(param, count), group, place, param
+            count += 1
 
 
 def name_of(group: dict[str, Any], place: int, number: int) -> str:
@@ -167,6 +179,7 @@ class Members:
         self.exclude = exclude
         self.defaults = defaults
         self._of: dict[Tensor, Member] = {}
+        self._is_holding = True
         # The groups as they were adopted: dict, parameters, names.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[str]]] = []
 
@@ -175,6 +188,15 @@ class Members:
 
     def __contains__(self, param: object) -> bool:
         return param in self._of
+
+    @property
+    def group_count(self) -> int:
+        return len(self._groups)
+
+    @property
+    def param_count(self) -> int:
+        """Parameters in all groups, whether mixed or not."""
+        return sum(len(params) for _, params, _ in self._groups)
 
     def get(self, param: Tensor) -> Member | None:
         return self._of.get(param)
@@ -185,14 +207,16 @@ class Members:
 
     def find(self, groups: Iterable[dict[str, Any]], first_number: int = 0) -> list[Member]:
         """The parameters of groups that are to be mixed, checked; nothing is changed."""
-        found = []
+        found: dict[Tensor, Member] = {}
         for number, group, place, param in parameters(groups):
             own = {**group, **check_group_keys({**self.defaults, **group})}
             if not isinstance(param, Tensor):
                 raise TypeError(
                     f"optimizer can only optimize Tensors, but one of the params is {param!r}"
                 )
-            if self.reason_unmixed(own, place) is None:
+            if param in found:
+                found[param].is_repeated = True
+            elif self.reason_unmixed(own, place) is None:
                 name = name_of(group, place, first_number + number)
                 _check_parameter(name, param)
                 cells = Cells(
@@ -203,8 +227,9 @@ class Members:
                     self.run.sampler,
                 )
                 _check_size(name, cells)
-                found.append(Member(cells, group, name, self.run, self.rates))
-        return found
+                self._check_free(name, param)
+                found[param] = Member(cells, group, name, self.run, self.rates)
+        return list(found.values())
 
     def reason_unmixed(self, group: dict[str, Any], place: int) -> str | None:
         """Why the parameter at ``place`` of a group is not mixed; None where it is."""
@@ -222,11 +247,46 @@ class Members:
         for group in groups:
             group.update(check_group_keys({**self.defaults, **group}))
             group[KEY] = self.run
-            first = sum(len(params) for _, params, _ in self._groups)
+            first = self.param_count
             names = [name_of(group, place, first + place) for place in range(len(group["params"]))]
             self._groups.append((group, list(group["params"]), names))
         for member in found:
             self._of[member.param] = member
+            _holders[member.param] = ref(self)
+
+    def hold(self) -> None:
+        """Keep other optimizers from mixing these parameters, again after :meth:`release`."""
+        if not self._is_holding:
+            for member in self:
+                self._check_free(member.name, member.param)
+            for member in self:
+                _holders[member.param] = ref(self)
+            self._is_holding = True
+
+    def release(self) -> None:
+        """Let another optimizer mix these parameters."""
+        self._is_holding = False
+        for member in self:
+            if self._holder_of(member.param) is self:
+                del _holders[member.param]
+
+    def _check_free(self, name: str, param: Tensor) -> None:
+        if self._holder_of(param) in (None, self):
+            return
+        gc.collect()  # it may be garbage already
+        if self._holder_of(param) not in (None, self):
+            raise ValueError(
+                f"{name} is mixed by another GMixoutOptimizer, and the two would undo each other's "
+                "steps: call consolidate() of that one first, which ends it, or delete it"
+            )
+
+    @staticmethod
+    def _holder_of(param: Tensor) -> object:
+        holder = _holders.get(param)
+        return holder and holder()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_is_holding": False}
 
     def bind(self, groups: Sequence[dict[str, Any]]) -> None:
         """Follow groups that were replaced by others with the same parameters, place by place.

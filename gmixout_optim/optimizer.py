@@ -70,14 +70,15 @@ class GMixoutOptimizer(WrappingOptimizer):
             group. ``"auto"``: 1 / d on the average over an episode, with which a weight that is
             active in a share d of the steps goes as far as the base alone would take it (at p = 0.9
             it rises from 1 to 19 in an episode of 20 steps); 1 with ``rescale``, the persistent
-            residual, and LBFGS, which has one rate for all (default: "auto")
+            residual, and bases that cannot be shown rates: LBFGS, which has one for all, and those
+            with ``lr=None``, which find it themselves (default: "auto")
         episode_warmup (int or "auto"): steps at the start of each episode over which the learning
             rate of mixed weights rises linearly to its full value; 0 for none. The base's state
             starts fresh there, and a fresh Adam steps by the sign of one gradient. ``"auto"``: the
             whole episode; 0 with ``resample_every=None``, the persistent residual, whose state goes
-            on, LBFGS, and Rprop and ASGD, which read ``lr`` ahead of the step. Steps are the
-            episode's: call :meth:`resample` after unfreezing a layer. Optimizers that want one
-            ``lr`` in all groups need 0 here and ``lr_scale=1.0`` (default: "auto")
+            on, bases that cannot be shown rates, and Rprop and ASGD, which read ``lr`` ahead of the
+            step. After unfreezing a layer call :meth:`resample`. Optimizers that want one ``lr`` in
+            all groups need 0 here and ``lr_scale=1.0`` (default: "auto")
         granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output
             row or filter), or a number of consecutive elements; a tensor that the number does not
             divide falls back to elements. A group with the key ``granularity`` has its own
@@ -105,7 +106,8 @@ class GMixoutOptimizer(WrappingOptimizer):
     Raises:
         TypeError: ``base`` is not an optimizer or is a GMixoutOptimizer, or an argument has the
             wrong type.
-        ValueError: an argument is out of range, or the layout does not fit the base.
+        ValueError: an argument is out of range, the layout does not fit the base, or another
+            GMixoutOptimizer mixes one of the parameters.
 
     Example::
 
@@ -140,7 +142,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         seed: int = 0,
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
-        settings.check_base(base, GMixoutOptimizer)
+        settings.check_base(base, WrappingOptimizer)
         run = settings.make_run(
             base,
             residual=residual,
@@ -237,6 +239,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         """
         self._refuse_while_evaluating("resync()")
         self._members.check_groups(self.param_groups)
+        self._members.hold()
         with self._working_in_base():
             self._layout.reanchor()
             self._layout.begin_episode()
@@ -249,7 +252,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in
         it. Tensors that somebody else wrote since the last step, a loaded checkpoint say, stay as
         they are; a warning says so once. After :meth:`eval` the model keeps the weights that it
-        shows.
+        shows. Another optimizer may then mix the parameters.
         """
         self._refuse_in_step("consolidate()")
         if self._open_blocks:
@@ -265,6 +268,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         elif self.steps_in_episode > 0:
             left = self._next_episode(keep_foreign=True)
         self._warn_of_kept(left, "consolidate()")
+        self._members.release()
         for member in self._members:
             if member.packs_gradients:  # a further step has them packed again
                 leave_gradients(member.param)

@@ -88,9 +88,9 @@ class PackedLayout(Layout):
         """The members to step in batches, past the base, and those that the base itself steps.
 
         The latter are those of optimizers that are not torch's; of a base with hooks of its own,
-        which may look at the packed gradients; and where the base might refuse midway: a tensor
-        without state, which it has to create, and a group whose options are not those of the step
-        before.
+        which may look at the packed gradients; tensors that are repeated in their group; and where
+        the base might refuse midway: a tensor without state, which it has to create, and a group
+        whose options are not those of the step before.
         """
         if type(self.base) not in ELEMENTWISE or not step_is_its_own(self.base):
             return [], members
@@ -98,7 +98,7 @@ class PackedLayout(Layout):
 
         def is_ready(member: Member) -> bool:
             has_state = bool(base.state.get(member.param)) or not keeps_state(base, member.group)
-            return has_state and id(member.group) in settled
+            return has_state and id(member.group) in settled and not member.is_repeated
 
         return partition(members, is_ready)
 
@@ -176,6 +176,6 @@ class PackedLayout(Layout):
     def _pack_state(self, member: Member) -> None:
         """Take over what a base that has already stepped knows of the active cells."""
         state, grid = self.base.state.get(member.param, {}), member.cells.grid
-        for key in per_cell_state(state, member.cells.form[1]):
+        for key in per_cell_state(self.base, state, member.cells.form[1]):
             packed = mixing.gather(grid.view(state[key]), member.index())
             state[key] = packed.to(slot_of(member).anchor.dtype)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gmixout_optim.bases import is_lr
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -49,8 +51,7 @@ class Rates:
 
 def scaled_lr(lr: Any, rate: float) -> Any:
     """A group's learning rate, a number or a tensor, times ``rate``; anything else as it is."""
-    is_number = isinstance(lr, int | float | Tensor) and not isinstance(lr, bool)
-    return lr * rate if is_number and rate != 1 else lr
+    return lr * rate if is_lr(lr) and rate != 1 else lr
 
 
 @contextmanager

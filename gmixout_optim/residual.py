@@ -62,6 +62,13 @@ class Residual(ABC):
         self._write_theta(member, self.theta(member))
         slot_of(member).live = None  # after the write: should it fail, they are still there
 
+    def still_shows_deployed(self, member: Member) -> bool:
+        """Whether the model holds what :meth:`show_deployed` wrote, whoever wrote since."""
+        cells, deployed = member.cells, self.deployed(member)
+        whole = self.keeps_whole_tensors
+        held = cells.local if whole else mixing.gather(cells.view(), member.index())
+        return torch.equal(held, deployed.to(held.dtype))
+
     def theta(self, member: Member) -> Tensor:
         """The live weights on S, packed, in the parameter's dtype."""
         live = slot_of(member).live

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
@@ -17,7 +18,9 @@ from gmixout_optim.bases import (
     REFUSED,
     follows_lr,
     has_modes,
-    has_rates,
+    inner_optimizers,
+    is_lr,
+    why_one_rate,
 )
 from gmixout_optim.cells import Granularity
 from gmixout_optim.index_sets import SAMPLERS, Sampler
@@ -218,14 +221,34 @@ def check_base(base: Any, wrapper: type[Optimizer]) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"base must be a torch.optim.Optimizer instance, got {base!r} of type "
-            f"{type(base).__name__}: build it with the model's parameters first"
+            f"{type(base).__name__}: build it with the model's parameters first, as in "
+            "GMixoutOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-4))"
         )
     if isinstance(base, wrapper):
-        raise TypeError(f"base is already a {wrapper.__name__}: wrap an optimizer once")
+        raise TypeError("base is already a GMixoutOptimizer: wrap an optimizer once")
+    kind = type(base).__name__
+    for attribute, inner in inner_optimizers(base).items():
+        what = type(inner).__name__
+        if isinstance(inner, wrapper):
+            raise TypeError(f"base={kind} is built around a GMixoutOptimizer already: use it alone")
+        if base.state is inner.state:
+            raise TypeError(
+                f"base={kind} passes its steps on to {attribute}={what}, as optimizers do that a "
+                f"framework has prepared: wrap {what} first, then call accelerator.prepare(), "
+                "fabric.setup() and the like with the wrapper"
+            )
+        raise TypeError(
+            f"base={kind} steps an optimizer of its own, {attribute}={what}, past the wrapper: "
+            f"wrap that one, and build {kind} around the wrapper (docs/faq.md shows how)"
+        )
+    if not hasattr(base, "_optimizer_load_state_dict_pre_hooks"):
+        raise TypeError(
+            f"base={kind} has no hooks, which torch.optim.Optimizer.__init__() makes: call it in "
+            f"the __init__() of {kind}"
+        )
     if any(KEY in group for group in base.param_groups):
         raise ValueError(
-            f"base is held by another {wrapper.__name__} already: build a new "
-            f"{type(base).__name__} to wrap"
+            f"base is held by another GMixoutOptimizer already: build a new {kind} to wrap"
         )
 
 
@@ -275,10 +298,19 @@ def _check_base_can_mix(base: Optimizer, run: Run) -> None:
             "without them"
         )
     given = {"lr_scale": run.lr_scale not in ("auto", 1), "episode_warmup": run.episode_warmup > 0}
-    for argument in [key for key, is_given in given.items() if is_given and not has_rates(base)]:
+    one_rate = why_one_rate(base)
+    for argument in [key for key, is_given in given.items() if is_given and one_rate]:
         raise ValueError(
-            f"{argument}={getattr(run, argument)!r} does not fit base={name}, which steps all "
-            "weights at one rate: leave it out, and set or schedule the base's lr"
+            f"{argument}={getattr(run, argument)!r} does not fit base={name}, which {one_rate}: "
+            "leave it out, and set or schedule the base's lr"
+        )
+    loses = run.lr_scale == "auto" and run.residual == "episodic" and not run.rescale
+    if loses and not all(is_lr(group.get("lr")) for group in base.param_groups):
+        warnings.warn(
+            f"base={name} {one_rate}: mixed weights train at that rate in a share of the steps, "
+            "and go less far than with the base alone. Give it a number as lr, or say "
+            "lr_scale=1.0 if this is meant",
+            stacklevel=4,
         )
     if kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")

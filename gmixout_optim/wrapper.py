@@ -6,7 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from gmixout_optim import checkpoint, settings
 from gmixout_optim.bases import guard
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
-from gmixout_optim.members import Member, Members
+from gmixout_optim.members import Member, Members, parameters
 from gmixout_optim.packed_gradient import leave_gradients, pack_gradients
 from gmixout_optim.report import Report, make_report
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class WrappingOptimizer(Optimizer):
@@ -30,6 +33,12 @@ class WrappingOptimizer(Optimizer):
     """
 
     base: Optimizer
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Before Python finds fault with further arguments, which are the base's.
+        if args:
+            settings.check_base(args[0], WrappingOptimizer)
+        return super().__new__(cls)
 
     def _wrap(self, layout: Layout, mixed: list[Member], packs_gradients: bool) -> None:
         self.base = base = layout.base
@@ -47,6 +56,13 @@ class WrappingOptimizer(Optimizer):
         self._adopt(base.param_groups, mixed)
         guard(base)
 
+    def __getattr__(self, name: str) -> Any:
+        text = f"{type(self).__name__!r} object has no attribute {name!r}"
+        base = self.__dict__.get("base")
+        if base is not None and hasattr(base, name):
+            text += f", but its base has: use optimizer.base.{name}, or pass on optimizer.base"
+        raise AttributeError(text, name=name, obj=self)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's groups, with the keys ``mask_prob``, ``anchor_decay`` and ``granularity``."""
@@ -54,7 +70,11 @@ class WrappingOptimizer(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        # A resumed run may bring the groups that were added before it was saved.
+        added = groups[self._members.group_count :]
+        mixed = self._checked(added)
         self.base.param_groups = groups
+        self._adopt(added, mixed)
 
     @property
     def state(self) -> Any:
@@ -127,12 +147,15 @@ class WrappingOptimizer(Optimizer):
         Returns:
             the norm before clipping, a 0-d tensor.
         """
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        every = dict.fromkeys(param for _, _, _, param in parameters(self.param_groups))
+        params = [param for param in every if param.grad is not None]
         used = []
         for param in params:
             member = self._members.get(param)
-            used.append(param.grad if member is None else self._layout.active_gradient(member))
-        norm = get_total_norm([grad for grad in used if grad.numel()], norm_type)
+            grad = param.grad if member is None else self._layout.active_gradient(member)
+            if grad is not None and grad.numel():
+                used.append(grad)
+        norm = get_total_norm(used, norm_type)
         clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
@@ -153,10 +176,7 @@ class WrappingOptimizer(Optimizer):
         proposed = {**param_group, "params": [param[1] if named else param for param in params]}
         if named:
             proposed["param_names"] = [param[0] for param in params]
-        count = sum(len(group["params"]) for group in self.param_groups)
-        mixed = self._members.find([proposed], first_number=count)
-        settings.resolve_layout(self.base, self._run, [member.param for member in mixed])
-        warn_of_fresh_layers(mixed)
+        mixed = self._checked([proposed])
         self.base.add_param_group(param_group)
         for member in mixed:
             member.group = param_group
@@ -192,6 +212,7 @@ class WrappingOptimizer(Optimizer):
                 changed = pre_hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
         checkpoint.take_state_dict(self._layout, state_dict)
+        self._members.release()  # until the next step: what they held is given up
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -211,6 +232,7 @@ class WrappingOptimizer(Optimizer):
         outside = {"_resample_hooks": OrderedDict(), "_is_busy": False, "_open_blocks": 0}
         super().__setstate__({**state, **outside})
         guard(self.base)
+        self._members.hold()
         self._layout.seal()  # the copied parameters have other versions
         for member in self._members:
             if member.packs_gradients:
@@ -235,6 +257,13 @@ class WrappingOptimizer(Optimizer):
                 if key not in ("params", "param_names", settings.KEY)
             ]
         return "\n".join([*lines, ")"])
+
+    def _checked(self, added: Sequence[dict[str, Any]]) -> list[Member]:
+        """The members in groups that are to be added. Nothing is changed."""
+        mixed = self._members.find(added, self._members.param_count)
+        settings.resolve_layout(self.base, self._run, [member.param for member in mixed])
+        warn_of_fresh_layers(mixed)
+        return mixed
 
     def _adopt(self, groups: Sequence[dict[str, Any]], mixed: list[Member]) -> None:
         for member in mixed:
@@ -281,6 +310,7 @@ class WrappingOptimizer(Optimizer):
     def _check_may_train(self, call: str) -> None:
         self._refuse_while_evaluating(call)
         self._members.check_groups(self.param_groups)
+        self._members.hold()
         if self._run.residual == "persistent":  # which may have been consolidated
             self._layout.show_live()
 

@@ -329,7 +329,7 @@ def test_state_dicts_of_other_optimizers_and_models_are_refused() -> None:
     optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="bare optimizer"):
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
-    sgd = GMixoutOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    sgd = GMixoutOptimizer(torch.optim.SGD(small_model().parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"base='SGD'.*'AdamW'"):
         optimizer.load_state_dict(sgd.state_dict())
     wide = nn.Linear(60, 80)

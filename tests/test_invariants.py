@@ -428,6 +428,7 @@ def test_random_masking_trains_one_fixed_set(case: Case, data: st.DataObject) ->
     scenario = scenario.without_groups("anchor_decay")
     trial = Trial(scenario)
     same = ("exclude", "granularity", "sampler", "layout", "seed")
+    trial.optimizer.consolidate()
     trial.optimizer = GMixoutOptimizer.random_masking(
         trial.make_base(trial.params),
         scenario.settings["mask_prob"],

@@ -183,7 +183,7 @@ def bytes_needed(subject: Subject, settings: Sequence[Setting]) -> int:
     param.grad = torch.zeros(8)
     base = make_base(subject.base, [param], form=None)
     base.step()
-    states = len(per_cell_state(base.state[param], param.shape))
+    states = len(per_cell_state(base, base.state[param], param.shape))
     size = subject.dtype.itemsize
     plain = size * (2 + states)
     # A packed weight has an index, a value and an anchor besides its state.

@@ -30,7 +30,8 @@ def _traffic_of(optimizer: Optimizer, param: Tensor) -> int:
     slot = None if member is None else member.slot
     trained = param if slot is None else slot.anchor
     count, state = trained.numel(), optimizer.state[param]
-    changed = sum(state[key].nbytes for key in per_cell_state(state, trained.shape))
+    base = optimizer.base if isinstance(optimizer, GMixoutOptimizer) else optimizer
+    changed = sum(state[key].nbytes for key in per_cell_state(base, state, trained.shape))
     if slot is None or slot.value is None:
         changed += count * param.element_size()
     else:
