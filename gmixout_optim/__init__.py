@@ -1,4 +1,4 @@
-"""GMixout as a pure-torch optimizer wrapper: fine-tune and keep a model's robustness."""
+"""GMixout, a regularizer for fine-tuning pretrained models, as a pure-torch optimizer wrapper."""
 
 from gmixout_optim.optimizer import GMixoutOptimizer
 from gmixout_optim.packed_gradient import PackedGradient

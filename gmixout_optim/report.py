@@ -53,7 +53,12 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What :meth:`GMixoutOptimizer.report` returns; ``print`` shows a table."""
+    """What :meth:`GMixoutOptimizer.report` returns; ``print`` shows a table.
+
+    Attributes:
+        is_live: whether the model holds live weights of an unfinished episode, which are not those
+            to deploy.
+    """
 
     base: str
     residual: str
@@ -61,6 +66,7 @@ class Report:
     sampler: str
     episode: int
     steps_in_episode: int
+    is_live: bool
     tensors: list[TensorReport]
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +91,10 @@ class Report:
             f"{self.sampler} sampler; episode {self.episode}, step {self.steps_in_episode}",
             f"{len(mixed)} of {len(self.tensors)} tensors mixed, "
             f"{covered / max(1, weights):.1%} of {weights:,} weights",
+            "the model holds live weights: save those to deploy inside eval_weights(), or after "
+            "consolidate()"
+            if self.is_live
+            else "the model holds the weights to deploy",
             *(
                 "  ".join(
                     cell.ljust(width) for cell, width in zip(row, widths, strict=True)
@@ -103,6 +113,9 @@ class Report:
 
 def make_report(layout: Layout) -> Report:
     run, groups = layout.members.run, layout.base.param_groups
+    distinct: dict[int, tuple[dict[str, Any], int]] = {}
+    for number, group, place, _ in parameters(groups):
+        distinct.setdefault(number, (group, place))
     numbers = {id(group): number for number, group in enumerate(groups)}
     return Report(
         base=run.base,
@@ -111,9 +124,12 @@ def make_report(layout: Layout) -> Report:
         sampler=run.sampler,
         episode=run.episode,
         steps_in_episode=run.steps_in_episode,
+        is_live=bool(layout.members.trained())
+        and not layout.shows_deployed
+        and (run.residual == "persistent" or run.steps_in_episode > 0),
         tensors=[
             _report_on(layout, name_of(group, place, number), group, numbers[id(group)], place)
-            for number, group, place, _ in parameters(groups)
+            for number, (group, place) in distinct.items()
         ],
     )
 

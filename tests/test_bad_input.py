@@ -7,6 +7,7 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,78 @@ def test_base_must_be_an_unwrapped_optimizer() -> None:
         GMixoutOptimizer(wrapped)
     with pytest.raises(ValueError, match="already"):
         GMixoutOptimizer(base)
+
+
+def test_arguments_of_the_base_given_to_the_wrapper() -> None:
+    """The message shows the right call, whatever else was passed."""
+    params = list(small_model().parameters())
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((params,), dict(lr=1e-3)),
+        ((torch.optim.AdamW, params), {}),
+        ((torch.optim.AdamW,), dict(params=params, lr=1e-3)),
+        ((), dict(base=params)),
+    ]
+    for args, kwargs in calls:
+        with pytest.raises(TypeError, match=r"base must be .* GMixoutOptimizer\(torch.optim.AdamW"):
+            GMixoutOptimizer(*args, **kwargs)
+
+
+def test_an_attribute_that_only_the_base_has() -> None:
+    class Own(torch.optim.SGD):
+        def own(self) -> int:
+            return 3
+
+    optimizer = GMixoutOptimizer(Own(small_model().parameters(), lr=0.1))
+    with pytest.raises(AttributeError, match="no attribute 'own', .*use optimizer.base.own"):
+        optimizer.own()
+    with pytest.raises(AttributeError, match="no attribute 'other'$"):
+        _ = optimizer.other
+    assert optimizer.base.own() == 3
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """Finds its learning rate itself, as Adafactor's relative steps do."""
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.detach().add_(param.grad, alpha=-0.1)
+
+
+@pytest.mark.parametrize("defaults", [dict(lr=None), dict(), dict(lr="auto")], ids=str)
+def test_settings_of_a_learning_rate_that_there_is_not(defaults: dict[str, Any]) -> None:
+    def base() -> WithoutRate:
+        return WithoutRate(small_model().named_parameters(), **defaults)
+
+    for settings in (dict(lr_scale=2.0), dict(episode_warmup=5)):
+        (argument,) = settings
+        with pytest.raises(ValueError, match=f"{argument}=.*WithoutRate.*finds its learning rate"):
+            GMixoutOptimizer(base(), **settings)
+    with pytest.warns(UserWarning, match="go less far"):
+        GMixoutOptimizer(base())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for settings in (dict(lr_scale=1.0), dict(mask_prob=0.0), dict(residual="persistent")):
+            GMixoutOptimizer(base(), **settings)
+        model = small_model()
+        bare = WithoutRate(model.named_parameters(), **defaults)
+        optimizer = GMixoutOptimizer(bare, lr_scale=1.0, mask_prob=0.5, resample_every=None)
+        loss_of(model, 0).backward()
+        start = weights(model)
+        optimizer.step()
+    mask = optimizer.active_mask(model.body.weight)
+    stepped = torch.where(mask, start[0] - 0.1 * model.body.weight.grad, start[0])
+    assert_equal(model.body.weight.detach(), stepped)
+
+
+def test_learning_rates_of_numpy_are_numbers() -> None:
+    model, other = small_model(), small_model()
+    for each, lr in ((model, np.float32(0.125)), (other, 0.125)):
+        train(each, GMixoutOptimizer(torch.optim.SGD(each.named_parameters(), lr=lr)), range(3))
+    assert_equal(weights(model), weights(other))
 
 
 def test_exclude_needs_names() -> None:

@@ -286,3 +286,48 @@ def test_a_parameter_whose_shape_changes_before_its_first_step_is_counted_anew()
             optimizer.step()
         optimizer.consolidate()
         assert (param != start).any(1).all(), settings
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_swapped_in_and_out_leaves_the_live_weights(
+    dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    """While the model shows the weights to deploy: train() puts back what eval() took away."""
+    model, optimizer = run(settings, dtype=dtype)
+    other, other_optimizer = run(settings, dtype=dtype)
+    optimizer.eval()
+    deployed = copy.deepcopy(model.state_dict())
+    load(model, best_of(dtype))
+    load(model, deployed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.train()
+    assert_equal(weights(model), weights(other))
+    for each, by in ((model, optimizer), (other, other_optimizer)):
+        train(each, by, range(5, 9))
+        by.consolidate()
+    assert_equal(weights(model), weights(other))
+
+
+@EVERY
+def test_the_report_says_which_weights_the_model_holds(settings: dict[str, Any]) -> None:
+    model = small_model(torch.float32)
+    base = torch.optim.AdamW(model.named_parameters(), lr=0.02)
+    optimizer = GMixoutOptimizer(base, mask_prob=0.5, resample_every=20, **settings)
+
+    def is_live() -> bool:
+        report = optimizer.report()
+        assert ("holds live weights" in str(report)) == report.is_live
+        return report.is_live
+
+    assert not is_live()
+    train(model, optimizer, range(3))
+    assert is_live()
+    with optimizer.eval_weights():
+        assert not is_live()
+    assert is_live()
+    optimizer.consolidate()
+    assert not is_live()
+    train(model, optimizer, range(3, 5))
+    assert is_live()

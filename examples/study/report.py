@@ -64,21 +64,16 @@ class Report:
         return _markdown(header, rows)
 
     def costs(self, task: str) -> str:
-        """Time and memory of each method as a share of LP-FT's, and the trainings that it takes."""
+        """Memory of each method, and the trainings that it takes."""
         lines = analysis.models(self.results, task, scope=self.scope)
         if "LP-FT" not in lines:
             return NOT_RUN
         rows = [
-            [
-                name,
-                str(model.runs),
-                f"{model.runs * _seconds(model) / _seconds(lines['LP-FT']):.2f}x",
-                f"{_kept(model) / 1e6:.0f} MB",
-            ]
+            [name, str(model.runs), f"{_kept(model) / 1e6:.0f} MB"]
             for name, model in lines.items()
             if model.runs
         ]
-        return _markdown(["method", "trainings", "time", "kept beside weights and gradients"], rows)
+        return _markdown(["method", "trainings", "kept beside weights and gradients"], rows)
 
     def against(self, task: str, name: str) -> str:
         """Paired differences of a line to full fine-tuning, LP-FT and the best competitors."""
@@ -300,12 +295,6 @@ def _words(settings: dict[str, object]) -> str:
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in shown.items()
     )
-
-
-def _seconds(model: Model) -> float:
-    """Of a training: the fastest of the seeds, as other work on the machine only adds."""
-    seconds: float = min(row["seconds"] for row in model.rows)
-    return seconds
 
 
 def _kept(model: Model) -> float:
