@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from numbers import Real
 from types import MethodType
 from typing import Any
@@ -151,9 +152,13 @@ def step_is_its_own(base: Optimizer) -> bool:
     return hooks == [_refuse_step] and _patched_step(base) is None
 
 
+def is_guarded(base: Optimizer) -> bool:
+    return _refuse_step in base._optimizer_step_pre_hooks.values()
+
+
 def guard(base: Optimizer) -> None:
     """Refuse calls of a wrapped base that would bypass the wrapper."""
-    if _refuse_step not in base._optimizer_step_pre_hooks.values():
+    if not is_guarded(base):
         base.register_step_pre_hook(_refuse_step)
         base.register_load_state_dict_pre_hook(_refuse_load)
 
@@ -214,29 +219,65 @@ def per_cell_state(base: Optimizer, state: dict[str, Any], shape: torch.Size) ->
     }
 
 
+def initial_state(base: Optimizer, param: Tensor) -> dict[str, Any] | None:
+    """The state of a parameter that the base made before its first step, to be made fresh from.
+
+    Tensors are described by the number that they are filled with. None where there is no state, or
+    one that has been stepped, which the base makes anew by itself; and where it is known.
+    """
+    fresh: dict[str, Any] = {}
+    if type(base) in ELEMENTWISE:
+        return None
+    for key, item in base.state.get(param, {}).items():
+        if isinstance(item, Tensor):
+            if type(item) is not Tensor or not item.numel() or bool((item != item.max()).any()):
+                return None
+            fresh[key] = item.max().item()
+        else:
+            fresh[key] = deepcopy(item)
+    return fresh or None
+
+
 def renew_state(
-    base: Optimizer, param: Tensor, group: dict[str, Any], shape: torch.Size, new_shape: torch.Size
+    base: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    shape: torch.Size,
+    new_shape: torch.Size,
+    initial: dict[str, Any] | None,
 ) -> None:
     """Make the base's state of one parameter fresh, after a redraw.
 
     In place where the shape of the per-cell tensors stays, so that a compiled step keeps its
     buffers. A state whose fresh values are not known is dropped, and the base creates it anew.
+
+    Args:
+        initial: of :func:`initial_state`.
     """
     if type(base) in _SHARED_STATE:
         base.state.clear()
     state = base.state.get(param)
     if not state:
         return
-    if not resets_in_place(base):
+    fresh = initial
+    if resets_in_place(base):
+        starts = ELEMENTWISE[type(base)]
+        fresh = {key: starts[key](group) if key in starts else 0.0 for key in state}
+    if fresh is None or (type(base) in ELEMENTWISE and not resets_in_place(base)):
         del base.state[param]
         return
-    fresh = ELEMENTWISE[type(base)]
     per_cell = per_cell_state(base, state, shape)
-    for key, value in state.items():
-        if isinstance(value, Tensor) and is_own(base, key):
+    for key, value in list(state.items()):
+        if not is_own(base, key):
+            continue
+        if key not in fresh:
+            del state[key]
+        elif isinstance(value, Tensor):
             if key in per_cell and shape != new_shape:
                 state[key] = value = value.new_empty(new_shape)
-            value.fill_(fresh[key](group) if key in fresh else 0.0)
+            value.fill_(fresh[key])
+        elif initial is not None:
+            state[key] = deepcopy(fresh[key])
 
 
 def resets_in_place(base: Optimizer) -> bool:

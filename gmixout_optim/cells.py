@@ -139,6 +139,16 @@ class Grid(NamedTuple):
         return 1 + sum((size - 1) * stride for size, stride in sizes)
 
 
+def memory_of(tensor: Tensor) -> tuple[str, int, int] | None:
+    """Device, first address and end of a tensor's memory; None for none, or one with gaps."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_meta or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return None
+    start = tensor.data_ptr()  # 0 where the memory was freed
+    end = start + tensor.numel() * tensor.element_size()
+    return (str(tensor.device), start, end) if start and end > start else None
+
+
 class Dither(NamedTuple):
     """The random bits that round a tensor's elements in an episode.
 

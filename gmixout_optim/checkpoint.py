@@ -29,7 +29,7 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
     state: dict[Any, Any] = {
         key: value for key, value in base.state.items() if not isinstance(key, Tensor)
     }
-    run = {**members.run.to_dict(), "trained": len(members.trained())}
+    run = {**members.run.shown, "trained": len(members.trained())}
     groups: Groups = [{**group, "params": [], KEY: dict(run)} for group in base.param_groups]
     saved_as = {id(group): saved for group, saved in zip(base.param_groups, groups, strict=True)}
     for number, group, _, param in parameters(base.param_groups):
@@ -38,8 +38,9 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
         member = members.get(param)
         if member is not None and member.slot is not None:
             member.notice()
+            kept = {name: item.clone() for name, item in kept_tensors(member.slot).items()}
             written = {"written": 1} if member.slot.foreign else {}
-            entry[KEY] = {**kept_tensors(member.slot), **written}
+            entry[KEY] = {**kept, **written, "number": member.cells.number}
         elif member is not None and entry:
             entry[KEY] = {"trained": 0}  # the base's state is not packed yet
         if entry:
@@ -63,7 +64,7 @@ def take_state_dict(layout: Layout, given: Any) -> None:
     for group, loaded in zip(base.param_groups, groups, strict=True):
         own: dict[str, Any] = {key: group[key] for key in ("params", "param_names") if key in group}
         group.clear()
-        group.update({**base.defaults, **loaded, **own, KEY: run})
+        group.update({**base.defaults, **loaded, **own, KEY: run.shown})
     _replace(base.state, state)
     try:
         # Brings the formats of older versions of torch up to date.
@@ -76,6 +77,7 @@ def take_state_dict(layout: Layout, given: Any) -> None:
             f"state_dict does not hold what {type(base).__name__} keeps ({error!r}): it is damaged"
         ) from error
     run.go_on_from(groups[0][KEY])
+    layout.forget()
     for member in layout.members:
         member.slot = slots.get(member)
 
@@ -159,8 +161,8 @@ def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], where: st
 
 
 def _kind(value: Any) -> type:
-    """Numbers are alike, in tensors too, and so are sequences."""
-    if isinstance(value, Tensor | Real):
+    """Numbers are alike, in tensors too, and so are sequences. Flags may be None."""
+    if isinstance(value, Tensor | Real) and not isinstance(value, bool):
         return float
     return tuple if isinstance(value, list | tuple) else type(value)
 
@@ -196,6 +198,7 @@ def _checked_state(
         if member is not None and KEY in entry and not isinstance(entry[KEY], dict):
             raise ValueError(f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged")
         if member is not None and KEY in entry and entry[KEY].get("trained") != 0:
+            _check_number(member, entry[KEY], name)
             index = member.cells.draw(run["seed"], run["episode"])
             kept = _kept_up_to_date(layout, member, index, entry[KEY], run)
             slot = slots[member] = layout.residual.restored(member, index, kept)
@@ -213,6 +216,17 @@ def _checked_state(
             f"{run.get('trained')}: it is damaged"
         )
     return state, slots
+
+
+def _check_number(member: Member, saved: dict[str, Any], name: str) -> None:
+    """A parameter's number selects its active weights."""
+    own = member.cells.number
+    if saved.get("number", own) != own:
+        raise ValueError(
+            f"{name} is parameter {own} here and was parameter {saved['number']} in the run that "
+            "was saved, which had other active weights: build the optimizer with the parameters in "
+            "the order of that run"
+        )
 
 
 def _check_keys(

@@ -69,7 +69,14 @@ class DenseLayout(Layout):
             self.residual.begin_episode(member)
             if self.members.run.residual == "episodic":
                 shape = member.cells.form[1]
-                renew_state(self.base, member.param, member.shown_group, shape, shape)
+                renew_state(
+                    self.base,
+                    member.param,
+                    member.shown_group,
+                    shape,
+                    shape,
+                    member.initial_state,
+                )
 
 
 class _LentParameters:
@@ -88,9 +95,7 @@ class _LentParameters:
         for member in members:
             member.check_gradient()
         self.layout.look()
-        for member in members:
-            if member.cells.gradient is not None and member.slot is None:
-                self.layout.slot(member)
+        self.layout.open([member for member in members if member.cells.gradient is not None])
         for member in self.layout.members.trained():
             grad = self.gradients[member] = member.cells.gradient
             if grad is not None:

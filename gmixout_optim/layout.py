@@ -15,6 +15,10 @@ from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.residual import Residual, slot_of
 from gmixout_optim.settings import KEY
 
+# A write through ``.data`` has no version. So many weights of so many tensors are looked at again,
+# which tell whether the whole model was written to.
+_WITNESSES, _THEIR_WEIGHTS = 8, 16
+
 
 class Layout(ABC):
     """Steps the base on mixed tensors and runs their episodes.
@@ -30,6 +34,7 @@ class Layout(ABC):
         self.members = members
         self.residual = residual
         self._shows_slots = False
+        self._witnesses: list[tuple[Member, Tensor]] = []
 
     @abstractmethod
     def step(self, closure: Closure | None) -> Any:
@@ -59,6 +64,14 @@ class Layout(ABC):
         elif slot.placement != cells.placement:
             self._follow(member, slot)
         return slot
+
+    def open(self, members: list[Member]) -> None:
+        """Open the slots of members that have a gradient for the first time."""
+        new = [member for member in members if member.slot is None]
+        if new:
+            self.members.check_apart()  # weights may have been tied since
+        for member in new:
+            self.slot(member)
 
     def open_members(self) -> list[Member]:
         """The members that have a slot, which is where the parameter is."""
@@ -113,9 +126,25 @@ class Layout(ABC):
             if self.slot(member).version != member.cells.version or always:
                 self.residual.look(member)
 
+    def look_closely(self) -> None:
+        """:meth:`look`, and see whether the whole model was written to through ``.data``."""
+        replaced = [_was_replaced(*witness) for witness in self._witnesses]
+        if sum(replaced) > len(replaced) / 2:
+            for member in self.members.trained():
+                slot = slot_of(member)
+                slot.foreign, slot.version = True, None
+        self.look()
+
+    def forget(self) -> None:
+        """Know nothing of what the model held: it is that of another run from here on."""
+        self._witnesses.clear()
+
     def seal(self, stepped: bool = False) -> None:
         """What the model holds now is the library's; ``stepped``: and was trained on."""
-        for member in self.members.trained():
+        trained = self.members.trained()
+        largest = sorted(trained, key=lambda member: member.cells.grid.cells)[-_WITNESSES:]
+        self._witnesses = [(member, _first_weights(member)) for member in largest]
+        for member in trained:
             slot = slot_of(member)
             slot.version = member.cells.version
             if stepped:
@@ -133,7 +162,10 @@ class Layout(ABC):
         Returns:
             the members that were left, and those whose anchors moved toward foreign weights.
         """
-        self.look()
+        if keep_foreign:
+            self.look_closely()
+        else:
+            self.look()
         left, moved = [], []
         for member in self.members.trained():
             slot = slot_of(member)
@@ -171,7 +203,7 @@ class Layout(ABC):
         Returns:
             the members that were left as they are: somebody else wrote them since the last step.
         """
-        self.look()
+        self.look_closely()
         members = self.members.trained()
         shown = [member for member in members if not slot_of(member).foreign]
         try:
@@ -193,7 +225,7 @@ class Layout(ABC):
             the members that were left as they are, their weights now the anchor: somebody else
             wrote them since :meth:`show_deployed`.
         """
-        self.look()
+        self.look_closely()
         left = []
         try:
             for member in self.members.trained():
@@ -221,6 +253,23 @@ class Layout(ABC):
         else:
             active = mixing.gather_gradient(member.cells.grid.view(grad), member.index())
         return active if member.scale == 1 else active * member.scale
+
+
+def _first_weights(member: Member) -> Tensor:
+    """Some of the active weights that the model holds."""
+    cells = member.cells
+    few = -(-_THEIR_WEIGHTS // cells.grid.width)
+    return mixing.gather(cells.view(), member.index()[:few])
+
+
+def _was_replaced(member: Member, before: Tensor) -> bool:
+    """Whether most of these weights are others now."""
+    now = _first_weights(member)
+    if now.shape != before.shape:
+        return False
+    before = before.to(now.device)
+    same = (now == before) | (now.isnan() & before.isnan())
+    return bool(same.float().mean() < 0.5)
 
 
 def kept_tensors(slot: Slot) -> dict[str, Tensor]:

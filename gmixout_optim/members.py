@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -11,16 +11,16 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from gmixout_optim.cells import Cells, Dither, Grid, Placement
+from gmixout_optim.cells import Cells, Dither, Grid, Placement, memory_of
 from gmixout_optim.index_sets import MAX_CELLS
 from gmixout_optim.param_groups import matches
 from gmixout_optim.rates import Rates, scaled_lr
 from gmixout_optim.settings import KEY, Run, check_anchor_decay, check_group_keys
 
-# The members that each mixed parameter belongs to, by weak reference.
-_holders: MutableMapping[Tensor, ref[Members]] = WeakTensorKeyDictionary()
+# The members that each mixed parameter belongs to, by its id: they hold it for as long as they are
+# alive. Torch refuses to swap tensors that have weak references.
+_holders: dict[int, ref[Members]] = {}
 
 
 @dataclass(eq=False)
@@ -62,6 +62,7 @@ class Member:
         slot: what it keeps; None while it was never trained, and sits at its anchor.
         packs_gradients: whether backward packs its gradients.
         is_repeated: whether it is in its group more than once, and the base steps it as often.
+        initial_state: of :func:`gmixout_optim.bases.initial_state`.
     """
 
     cells: Cells
@@ -72,6 +73,7 @@ class Member:
     slot: Slot | None = None
     packs_gradients: bool = False
     is_repeated: bool = False
+    initial_state: dict[str, Any] | None = None
     _index: tuple[int, Grid, Tensor] | None = None
 
     @property
@@ -143,14 +145,14 @@ def parameters(
 ) -> Iterator[tuple[int, dict[str, Any], int, Tensor]]:
     """``(number, group, place in the group, parameter)`` of all parameters.
 
-    A parameter that is repeated has its first number, as in torch's state dicts.
+    A parameter that is repeated in its group has its last number, as in torch's state dicts.
     """
-    numbers: dict[Tensor, int] = {}
     count = 0
     for group in groups:
+        numbers = {param: count + place for place, param in enumerate(group["params"])}
         for place, param in enumerate(group["params"]):
-            yield numbers.setdefault(param, count), group, place, param
-            count += 1
+            yield numbers[param], group, place, param
+        count += len(group["params"])
 
 
 def name_of(group: dict[str, Any], place: int, number: int) -> str:
@@ -205,7 +207,7 @@ class Members:
         """Those that have a slot."""
         return [member for member in self if member.slot is not None]
 
-    def find(self, groups: Iterable[dict[str, Any]], first_number: int = 0) -> list[Member]:
+    def find(self, groups: Sequence[dict[str, Any]], first_number: int = 0) -> list[Member]:
         """The parameters of groups that are to be mixed, checked; nothing is changed."""
         found: dict[Tensor, Member] = {}
         for number, group, place, param in parameters(groups):
@@ -229,7 +231,40 @@ class Members:
                 _check_size(name, cells)
                 self._check_free(name, param)
                 found[param] = Member(cells, group, name, self.run, self.rates)
+        self.check_apart(groups, found)
         return list(found.values())
+
+    def check_apart(
+        self, added: Iterable[dict[str, Any]] = (), mixed: Iterable[Tensor] = ()
+    ) -> None:
+        """Raise where a mixed parameter shares memory with another parameter.
+
+        Args:
+            added, mixed: groups that are to be added, and which of their parameters are mixed.
+        """
+        named = [
+            pair for _, params, names in self._groups for pair in zip(names, params, strict=True)
+        ]
+        for number, group, place, param in parameters(added):
+            named.append((name_of(group, place, self.param_count + number), param))
+        mine = {*self._of, *mixed}
+        spans = []
+        for name, param in named:
+            memory = memory_of(param)
+            if memory is not None:
+                spans.append((memory, name, param))
+        spans.sort(key=lambda span: span[0][:2])
+        reach: dict[str, tuple[int, str, Tensor]] = {}
+        for (device, start, end), name, param in spans:
+            before, other_name, other = reach.get(device, (start, name, param))
+            if start < before and param is not other and not mine.isdisjoint({param, other}):
+                raise ValueError(
+                    f"{other_name} and {name} are two parameters in the same memory, which would "
+                    "undo each other's steps: tie weights by assigning the Parameter itself, as in "
+                    "head.weight = embedding.weight, before the base is built"
+                )
+            if end >= before:
+                reach[device] = end, name, param
 
     def reason_unmixed(self, group: dict[str, Any], place: int) -> str | None:
         """Why the parameter at ``place`` of a group is not mixed; None where it is."""
@@ -246,21 +281,23 @@ class Members:
         """Make parameters found in groups members, and the groups the run's."""
         for group in groups:
             group.update(check_group_keys({**self.defaults, **group}))
-            group[KEY] = self.run
+            group[KEY] = self.run.shown
             first = self.param_count
             names = [name_of(group, place, first + place) for place in range(len(group["params"]))]
             self._groups.append((group, list(group["params"]), names))
         for member in found:
             self._of[member.param] = member
-            _holders[member.param] = ref(self)
+        self._is_holding = False
+        self.hold()
 
     def hold(self) -> None:
         """Keep other optimizers from mixing these parameters, again after :meth:`release`."""
         if not self._is_holding:
             for member in self:
                 self._check_free(member.name, member.param)
-            for member in self:
-                _holders[member.param] = ref(self)
+            for key in [key for key, holder in _holders.items() if holder() is None]:
+                del _holders[key]
+            _holders.update({id(member.param): ref(self) for member in self})
             self._is_holding = True
 
     def release(self) -> None:
@@ -268,7 +305,7 @@ class Members:
         self._is_holding = False
         for member in self:
             if self._holder_of(member.param) is self:
-                del _holders[member.param]
+                del _holders[id(member.param)]
 
     def _check_free(self, name: str, param: Tensor) -> None:
         if self._holder_of(param) in (None, self):
@@ -282,7 +319,7 @@ class Members:
 
     @staticmethod
     def _holder_of(param: Tensor) -> object:
-        holder = _holders.get(param)
+        holder = _holders.get(id(param))
         return holder and holder()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,7 +351,7 @@ class Members:
                 raise RuntimeError(f"parameter group {number} {what} by hand: {advice}")
             if group is not old:
                 own = check_group_keys({**self.defaults, **check_group_keys(old), **group})
-                group.update({**own, KEY: self.run})
+                group.update({**own, KEY: self.run.shown})
                 self._groups[number] = group, params, names
                 for member in self:
                     if member.group is old:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch.optim import Optimizer
 
 from gmixout_optim import settings
@@ -20,7 +19,7 @@ from gmixout_optim.packed import PackedLayout
 from gmixout_optim.packed_gradient import leave_gradients
 from gmixout_optim.param_groups import check_exclude
 from gmixout_optim.rates import Rates
-from gmixout_optim.wrapper import WrappingOptimizer
+from gmixout_optim.wrapper import WrappingOptimizer, eagerly
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -194,7 +193,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         masking = dict(resample_every=None, anchor_decay=0.0, lr_scale=1.0)
         return cls(base, mask_prob=mask_prob, **{**masking, **kwargs})
 
-    @torch.no_grad()
+    @eagerly
     def step(self, closure: Closure | None = None) -> Any:
         """One step of the base on the active weights; ends the episode after its k-th.
 
@@ -220,7 +219,7 @@ class GMixoutOptimizer(WrappingOptimizer):
             self._next_episode()
         return loss
 
-    @torch.no_grad()
+    @eagerly
     def resample(self) -> None:
         """End the episode now, move the anchor, and begin the next episode on new index sets.
 
@@ -230,7 +229,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         self._check_may_train("resample()")
         self._next_episode()
 
-    @torch.no_grad()
+    @eagerly
     def resync(self) -> None:
         """Take the weights now in the model as the anchor, and begin a new episode.
 
@@ -244,7 +243,7 @@ class GMixoutOptimizer(WrappingOptimizer):
             self._layout.reanchor()
             self._layout.begin_episode()
 
-    @torch.no_grad()
+    @eagerly
     def consolidate(self) -> None:
         """End the episode, though only partly run; the model is left at the weights to deploy.
 
@@ -292,7 +291,7 @@ class GMixoutOptimizer(WrappingOptimizer):
             self._open_blocks -= 1
             self.train()
 
-    @torch.no_grad()
+    @eagerly
     def eval(self) -> None:
         """Put the weights of :meth:`eval_weights` into the model until :meth:`train` is called.
 
@@ -308,7 +307,7 @@ class GMixoutOptimizer(WrappingOptimizer):
             self._warn_of_kept(self._layout.show_deployed(), "eval()")
             self._run.evaluating = True
 
-    @torch.no_grad()
+    @eagerly
     def train(self) -> None:
         """Put the live weights back into the model after :meth:`eval`; otherwise change nothing.
 

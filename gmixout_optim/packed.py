@@ -23,7 +23,7 @@ from gmixout_optim.bases import (
 )
 from gmixout_optim.compiled import Compiler, compiled_draw
 from gmixout_optim.layout import Layout
-from gmixout_optim.members import Member, Members, Slot
+from gmixout_optim.members import Member, Members
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.packed_step import (
     Item,
@@ -64,9 +64,9 @@ class PackedLayout(Layout):
             if isinstance(member.cells.gradient, PackedGradient):
                 member.cells.gradient.current_for(member)
         self.look()
-        for member in learning:
-            if member.slot is None:
-                self.slot(member)
+        self.open(learning)
+        for member in learning:  # somebody may have put whole tensors there
+            self._pack_state(member)
         batched, lent = self._split(learning)
         compiled, eager = self.compiler.split_step(batched)
         try:
@@ -153,17 +153,17 @@ class PackedLayout(Layout):
             if member.slot is not None:
                 size = member.cells.grid.size_at(member.index())
                 shape, new_shape = member.slot.anchor.shape, torch.Size([size])
-            renew_state(self.base, member.param, member.shown_group, shape, new_shape)
+            renew_state(
+                self.base,
+                member.param,
+                member.shown_group,
+                shape,
+                new_shape,
+                member.initial_state,
+            )
         for member in eager:
             self.residual.begin_episode(member)
         self.compiler.begin_episode(compiled)
-
-    def slot(self, member: Member) -> Slot:
-        is_new = member.slot is None
-        slot = super().slot(member)
-        if is_new:
-            self._pack_state(member)
-        return slot
 
     def check_state(self, member: Member) -> None:
         for key, item in self.base.state.get(member.param, {}).items():
@@ -174,8 +174,11 @@ class PackedLayout(Layout):
                 )
 
     def _pack_state(self, member: Member) -> None:
-        """Take over what a base that has already stepped knows of the active cells."""
-        state, grid = self.base.state.get(member.param, {}), member.cells.grid
-        for key in per_cell_state(self.base, state, member.cells.form[1]):
+        """Take of whole tensors in the base's state what is on the active cells."""
+        state, grid = self.base.state.get(member.param), member.cells.grid
+        shape, anchor = member.cells.form[1], slot_of(member).anchor
+        if not state or shape == anchor.shape:
+            return
+        for key in per_cell_state(self.base, state, shape):
             packed = mixing.gather(grid.view(state[key]), member.index())
-            state[key] = packed.to(slot_of(member).anchor.dtype)
+            state[key] = packed.to(anchor.dtype)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from gmixout_optim import mixing
 from gmixout_optim.members import Member
@@ -173,6 +172,8 @@ class PackedGradient(Tensor):
         member = self._owner()
         if type(other) is not Tensor or other.shape != self.shape:
             raise RuntimeError("only a dense gradient can be added to a packed gradient")
+        if self.draw not in (None, member.run.draws):
+            return self  # of an episode that has ended: a step with it is refused
         more = _active_part(member, other)
         if self.draw is None:
             self.active, self.draw = more.to(self.dtype), member.run.draws
@@ -211,8 +212,8 @@ def _keeps_zeros(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return kind is not _aten.any or not rest
 
 
-# The hook of each parameter whose gradients are packed, whichever optimizer does it.
-_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The hook of each parameter whose gradients are packed, by its id, whichever optimizer does it.
+_hooks: dict[int, RemovableHandle] = {}
 
 
 def pack_gradients(member: Member) -> None:
@@ -231,15 +232,21 @@ def pack_gradients(member: Member) -> None:
             param.grad = PackedGradient(_active_part(member, grad), owner, param, member.run.draws)
 
     handle = member.param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]
-    _hooks[member.param] = handle
+    _hooks[id(member.param)] = handle
+    weakref.finalize(member, _forget, id(member.param), handle)
     member.packs_gradients = True
 
 
 def leave_gradients(param: Tensor) -> None:
     """Let ``param.grad`` be what backward makes of it, whichever optimizer packed it."""
-    handle: RemovableHandle | None = _hooks.pop(param, None)  # type: ignore[no-untyped-call]
+    handle = _hooks.pop(id(param), None)
     if handle is not None:
         handle.remove()
+
+
+def _forget(key: int, handle: RemovableHandle) -> None:
+    if _hooks.get(key) is handle:
+        del _hooks[key]
 
 
 def _can_be_packed(grad: Tensor) -> bool:

@@ -51,7 +51,9 @@ class Rates:
 
 def scaled_lr(lr: Any, rate: float) -> Any:
     """A group's learning rate, a number or a tensor, times ``rate``; anything else as it is."""
-    return lr * rate if is_lr(lr) and rate != 1 else lr
+    if not is_lr(lr) or rate == 1:
+        return lr
+    return rate * (lr if isinstance(lr, Tensor) else float(lr))
 
 
 @contextmanager
@@ -72,19 +74,19 @@ def shown_groups(
     """
     lent = lent or {}
     groups = base.param_groups
-    kept = [(group, list(group["params"]), group.get("lr")) for group in groups]
+    kept = [(group, _lists(base, group), group.get("lr")) for group in groups]
     shown: list[dict[str, Any]] = []
     # What each group's own dict shows as its learning rate, times what, and the tensor's version.
     first: list[tuple[Any, float, int]] = []
-    for group, params, lr in kept:
-        parts: dict[float, list[Tensor]] = {}
-        for param in params:
-            stand_in = lent.get(param, param)
-            if stand_in is not None:
-                parts.setdefault(rates.get(param, 1.0), []).append(stand_in)
-        for number, (rate, own) in enumerate(parts.items() or [(1.0, [])]):
+    for group, lists, lr in kept:
+        parts: dict[float, list[int]] = {}
+        for place, param in enumerate(lists["params"]):
+            if lent.get(param, param) is not None:
+                parts.setdefault(rates.get(param, 1.0), []).append(place)
+        for number, (rate, places) in enumerate(parts.items() or [(1.0, [])]):
             part = {**group} if number else group
-            part["params"] = own
+            part.update({key: [items[place] for place in places] for key, items in lists.items()})
+            part["params"] = [lent.get(param, param) for param in part["params"]]
             if lr is not None:
                 part["lr"] = scaled_lr(lr, rate)
             if not number:
@@ -96,14 +98,24 @@ def shown_groups(
     finally:
         base.param_groups = groups
         groups[:] = [group for group, _, _ in kept]
-        for (group, params, lr), (scaled, rate, version) in zip(kept, first, strict=True):
-            group["params"] = params
+        for (group, lists, lr), (scaled, rate, version) in zip(kept, first, strict=True):
+            group.update(lists)
             if lr is not None and group.get("lr") is not scaled:
                 group["lr"] = scaled_lr(group["lr"], 1 / rate)
             elif lr is not None:
                 if scaled is not lr and _version(scaled) != version:  # changed in place
                     lr.copy_(scaled / rate)
                 group["lr"] = lr
+
+
+def _lists(base: Optimizer, group: dict[str, Any]) -> dict[str, list[Any]]:
+    """What a group has for each of its parameters: these, names, and lists of the same length."""
+    count = len(group["params"])
+    return {
+        key: item
+        for key, item in group.items()
+        if isinstance(item, list) and len(item) == count and key not in base.defaults
+    }
 
 
 def _version(lr: Any) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from gmixout_optim.bases import (
     follows_lr,
     has_modes,
     inner_optimizers,
+    is_guarded,
     is_lr,
     why_one_rate,
 )
@@ -52,6 +53,8 @@ class Run:
         evaluating: whether the model shows the weights to deploy, after eval().
         draws: counts the index sets that were drawn or loaded; it tells a gradient of another
             episode. Never saved, nor are gradients.
+        shown: what groups show of the run, and state dicts save: a plain dict, for tools that copy
+            groups or walk through them.
     """
 
     base: str
@@ -68,6 +71,14 @@ class Run:
     steps_in_episode: int = 0
     evaluating: bool = False
     draws: int = 0
+    shown: dict[str, Any] = field(default_factory=dict)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "shown":
+            value.update(version=VERSION, **{key: getattr(self, key) for key in SAVED})
+        elif "shown" in self.__dict__ and name in SAVED:
+            self.shown[name] = value
 
     @property
     def episode_is_over(self) -> bool:
@@ -84,19 +95,9 @@ class Run:
             setattr(self, key, saved[key])
         self.draws += 1
 
-    def to_dict(self) -> dict[str, Any]:
-        """What a state dict says of the run."""
-        saved = asdict(self)
-        del saved["draws"]
-        return {"version": VERSION, **saved}
 
-    # Groups hold the run, and tools that walk groups know mappings.
-
-    def keys(self) -> Iterable[str]:
-        return self.to_dict().keys()
-
-    def __getitem__(self, key: str) -> Any:
-        return self.to_dict()[key]
+# What a state dict holds of a run.
+SAVED = [each.name for each in fields(Run) if each.name not in ("draws", "shown")]
 
 
 # Checks. Each names the argument, the value and what may stand there.
@@ -217,11 +218,16 @@ def check_compile(value: Any) -> bool | Literal["auto"]:
     return value
 
 
+def _named(value: Any) -> str:
+    """A value that may be long by its type."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def check_base(base: Any, wrapper: type[Optimizer]) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(
-            f"base must be a torch.optim.Optimizer instance, got {base!r} of type "
-            f"{type(base).__name__}: build it with the model's parameters first, as in "
+            f"base must be a torch.optim.Optimizer instance, got {_named(base)}: build it with the "
+            "model's parameters first, as in "
             "GMixoutOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-4))"
         )
     if isinstance(base, wrapper):
@@ -246,9 +252,14 @@ def check_base(base: Any, wrapper: type[Optimizer]) -> None:
             f"base={kind} has no hooks, which torch.optim.Optimizer.__init__() makes: call it in "
             f"the __init__() of {kind}"
         )
-    if any(KEY in group for group in base.param_groups):
+    if is_guarded(base):
         raise ValueError(
             f"base is held by another GMixoutOptimizer already: build a new {kind} to wrap"
+        )
+    if any(KEY in group for group in base.param_groups):
+        raise ValueError(
+            f"base={kind} has loaded the state of a GMixoutOptimizer, which does not fit it: load "
+            f"that into the wrapper around a new {kind}"
         )
 
 
@@ -357,12 +368,12 @@ def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:
             f"state_dict has seed={saved['seed']} and steps_in_episode={saved['steps_in_episode']} "
             f"in {where}, of resample_every={k}: it is damaged"
         )
-    for field in fields(run):
-        own = getattr(run, field.name)
-        if field.name not in (*PROGRESS, "draws") and saved.get(field.name) != own:
+    for key in SAVED:
+        own = getattr(run, key)
+        if key not in PROGRESS and saved.get(key) != own:
             raise ValueError(
-                f"state_dict has {field.name}={saved.get(field.name)!r}, this optimizer "
-                f"{field.name}={own!r}: build it with the settings of the run that was saved"
+                f"state_dict has {key}={saved.get(key)!r}, this optimizer {key}={own!r}: build it "
+                "with the settings of the run that was saved"
             )
 
 

@@ -6,16 +6,17 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import checkpoint, settings
-from gmixout_optim.bases import guard
+from gmixout_optim.bases import guard, initial_state
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, parameters
@@ -24,6 +25,17 @@ from gmixout_optim.report import Report, make_report
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def eagerly(method: Callable[P, T]) -> Callable[P, T]:
+    """Runs a public method without autograd, also in inference mode or in a compiled function."""
+    # Inference mode goes out first: leaving it would turn autograd on.
+    outside = torch.inference_mode(False)(torch.no_grad()(method))
+    run: Callable[P, T] = _disable_dynamo(outside)  # torch's own is imported at the first call
+    return run
 
 
 class WrappingOptimizer(Optimizer):
@@ -105,7 +117,7 @@ class WrappingOptimizer(Optimizer):
         member = self._member_of(param)
         return torch.ones_like(param, dtype=torch.bool) if member is None else member.mask()
 
-    @torch.no_grad()
+    @eagerly
     def anchor(self, param: Tensor) -> Tensor:
         """A dense copy of a mixed parameter's anchor, of its shape and dtype."""
         member = self._member_of(param)
@@ -119,7 +131,7 @@ class WrappingOptimizer(Optimizer):
             self._layout.residual.look(member)
         return self._layout.residual.dense_anchor(member)
 
-    @torch.no_grad()
+    @eagerly
     def report(self) -> Report:
         """What is mixed, or why not, how far it has moved, and its bytes; prints as a table."""
         return make_report(self._layout)
@@ -136,7 +148,7 @@ class WrappingOptimizer(Optimizer):
         self._resample_hooks[handle.id] = hook
         return handle
 
-    @torch.no_grad()
+    @eagerly
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients so that the norm of those that will be used is at most ``max_norm``.
 
@@ -192,9 +204,10 @@ class WrappingOptimizer(Optimizer):
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        self._warn_of_lost_state()
         return state_dict
 
-    @torch.no_grad()
+    @eagerly
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the optimizer that made ``state_dict`` was; load the model's weights as well.
 
@@ -221,7 +234,7 @@ class WrappingOptimizer(Optimizer):
         self._layout.hide_slots()
         with torch.no_grad():
             self._layout.look(but_converted=True)
-        left = {"step", "_resample_hooks"}
+        left = {"step", "_resample_hooks", "_is_busy", "_open_blocks"}
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -229,8 +242,12 @@ class WrappingOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        outside = {"_resample_hooks": OrderedDict(), "_is_busy": False, "_open_blocks": 0}
-        super().__setstate__({**state, **outside})
+        left_behind = {"_resample_hooks": OrderedDict(), "_is_busy": False, "_open_blocks": 0}
+        of_base = {key: item for key, item in state.items() if key in ("state", "param_groups")}
+        own = {key: item for key, item in state.items() if key not in of_base}
+        super().__setstate__({**left_behind, **self.__dict__, **own})
+        for key, item in of_base.items():
+            setattr(self.base, key, item)
         guard(self.base)
         self._members.hold()
         self._layout.seal()  # the copied parameters have other versions
@@ -268,6 +285,7 @@ class WrappingOptimizer(Optimizer):
     def _adopt(self, groups: Sequence[dict[str, Any]], mixed: list[Member]) -> None:
         for member in mixed:
             self._layout.check_state(member)
+            member.initial_state = initial_state(self.base, member.param)
         self._members.adopt(groups, mixed)
         for group in groups:
             for param in group["params"]:
@@ -331,6 +349,19 @@ class WrappingOptimizer(Optimizer):
             "them by 1 - anchor_decay. After loading a checkpoint call resync(), which takes it "
             "as the anchor; a constraint that is applied after every step needs nothing",
         )
+
+    def _warn_of_lost_state(self) -> None:
+        base = self.base
+        if type(base).state_dict is Optimizer.state_dict or "lost" in self._warned:
+            return
+        extra = sorted(set(base.state_dict()) - {"state", "param_groups"})
+        if extra:
+            self._warned.add("lost")
+            warnings.warn(
+                f"base={type(base).__name__} has {extra} in a state_dict() of its own, which the "
+                "wrapper's does not hold: save them beside it and put them back after loading",
+                stacklevel=3,
+            )
 
     def _member_of(self, param: Tensor) -> Member | None:
         if not isinstance(param, Tensor):
