@@ -163,7 +163,7 @@ def guard(base: Optimizer) -> None:
         base.register_load_state_dict_pre_hook(_refuse_load)
 
 
-# Bases whose step was entered: a step that calls its parent class's fires the hooks again.
+# Bases that the library has entered: a step that calls its parent class's fires the hooks again.
 _entered: set[int] = set()
 
 
@@ -176,6 +176,8 @@ def _refuse_step(base: Optimizer, *_: Any) -> None:
 
 
 def _refuse_load(base: Optimizer, *_: Any) -> None:
+    if id(base) in _entered:
+        return
     raise RuntimeError(
         f"load_state_dict() of a {type(base).__name__} that is wrapped: load into the "
         "GMixoutOptimizer around it, or into the base before wrapping it"
@@ -194,6 +196,33 @@ def _patched_step(base: Optimizer) -> Callable[..., Any] | None:
     """A step that somebody, but not a scheduler, set on this instance."""
     patched: Callable[..., Any] | None = base.__dict__.get("step")
     return None if hasattr(patched, "_wrapped_by_lr_sched") else patched
+
+
+# What a base keeps in a state dict beside state and groups
+
+
+def own_entries(base: Optimizer) -> dict[str, Any]:
+    """What the base's own ``state_dict()`` adds to that of torch."""
+    if type(base).state_dict is Optimizer.state_dict:
+        return {}
+    saved = base.state_dict()
+    return {key: item for key, item in saved.items() if key not in ("state", "param_groups")}
+
+
+def take_own_entries(base: Optimizer, entries: dict[str, Any]) -> None:
+    """Have the base's own ``load_state_dict()`` take these; its state and groups stay."""
+    groups, state = base.param_groups, base.state
+    mappings: list[Any] = [*groups, state]
+    contents = [dict(mapping) for mapping in mappings]
+    _entered.add(id(base))
+    try:
+        base.load_state_dict({**Optimizer.state_dict(base), **entries})
+    finally:
+        _entered.discard(id(base))
+        base.param_groups, base.state = groups, state
+        for mapping, items in zip(mappings, contents, strict=True):
+            mapping.clear()
+            mapping.update(items)
 
 
 # State

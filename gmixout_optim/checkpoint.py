@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import ELEMENTWISE, is_own
+from gmixout_optim.bases import ELEMENTWISE, is_own, own_entries, take_own_entries
 from gmixout_optim.layout import Layout, kept_tensors
 from gmixout_optim.members import Member, Slot, name_of, parameters
 from gmixout_optim.param_groups import unwrapped
@@ -45,7 +45,7 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
             entry[KEY] = {"trained": 0}  # the base's state is not packed yet
         if entry:
             state[number] = entry
-    return {"state": state, "param_groups": groups}
+    return {**deepcopy(own_entries(base)), "state": state, "param_groups": groups}
 
 
 def take_state_dict(layout: Layout, given: Any) -> None:
@@ -69,6 +69,9 @@ def take_state_dict(layout: Layout, given: Any) -> None:
     try:
         # Brings the formats of older versions of torch up to date.
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
+        beside = {key: given[key] for key in given if key not in ("state", "param_groups")}
+        if beside and type(base).load_state_dict is not Optimizer.load_state_dict:
+            take_own_entries(base, deepcopy(beside))
     except Exception as error:
         for group, old in zip(base.param_groups, before[0], strict=True):
             _replace(group, old)
@@ -213,7 +216,7 @@ def _checked_state(
     if run.get("trained") != len(slots):
         raise ValueError(
             f"state_dict holds anchors of {len(slots)} tensors, but was made with those of "
-            f"{run.get('trained')}: it is damaged"
+            f"{run.get('trained')}: it is damaged. A run that starts anew loads no state dict"
         )
     return state, slots
 

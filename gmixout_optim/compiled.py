@@ -9,7 +9,6 @@ written to memory.
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache, lru_cache
 from types import FunctionType
@@ -36,6 +35,7 @@ from gmixout_optim.packed_step import (
     without_optimizer,
 )
 from gmixout_optim.residual import slot_of
+from gmixout_optim.warn import warn
 
 # Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the
 # tensors of a graph share theirs.
@@ -162,10 +162,9 @@ class Compiler:
 
     def _give_up(self, error: Exception) -> None:
         if self.wanted is not False:
-            warnings.warn(
+            warn(
                 "the step could not be compiled and goes on eagerly; compile=False avoids the "
-                f"attempt: {error}",
-                stacklevel=2,
+                f"attempt: {error}"
             )
         self.wanted = False
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from gmixout_optim.members import Member
+from gmixout_optim.warn import warn
 
 
 def looks_freshly_initialised(param: Tensor) -> bool:
@@ -38,10 +38,9 @@ def warn_of_fresh_layers(members: Iterable[Member]) -> None:
     names = [member.name for member in members if looks_freshly_initialised(member.param)]
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        warnings.warn(
+        warn(
             f"{shown} will be mixed but looks freshly initialised: such a layer has no pretrained "
             "weights worth returning to and would hardly learn. Exclude it (exclude='head.*', "
             "with a base built from model.named_parameters()) or give its parameter group "
-            "mask_prob=0",
-            stacklevel=3,
+            "mask_prob=0"
         )

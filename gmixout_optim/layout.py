@@ -71,6 +71,13 @@ class Layout(ABC):
         if new:
             self.members.check_apart()  # weights may have been tied since
         for member in new:
+            if KEY in self.base.state.get(member.param, {}):
+                raise RuntimeError(
+                    f"the state of {member.name} was put into the optimizer from outside, without "
+                    "what the wrapper keeps: hand the saved state dict to its load_state_dict() "
+                    "(inside ZeroRedundancyOptimizer: optimizer.optim.load_state_dict())"
+                )
+        for member in new:
             self.slot(member)
 
     def open_members(self) -> list[Member]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gmixout_optim.settings import check_mask_prob
+from gmixout_optim.warn import warn
 
 # Their weights are scales and shifts, whatever their shape.
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -57,7 +57,7 @@ def check_exclude(value: Any, groups: list[dict[str, Any]]) -> tuple[str, ...]:
     if len(unused) == len(patterns):
         raise ValueError(message)
     if unused:
-        warnings.warn(message, stacklevel=3)
+        warn(message)
     return patterns
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -25,6 +24,7 @@ from gmixout_optim.bases import (
 )
 from gmixout_optim.cells import Granularity
 from gmixout_optim.index_sets import SAMPLERS, Sampler
+from gmixout_optim.warn import warn
 
 ResidualName = Literal["episodic", "persistent"]
 LayoutName = Literal["auto", "packed", "dense"]
@@ -317,11 +317,10 @@ def _check_base_can_mix(base: Optimizer, run: Run) -> None:
         )
     loses = run.lr_scale == "auto" and run.residual == "episodic" and not run.rescale
     if loses and not all(is_lr(group.get("lr")) for group in base.param_groups):
-        warnings.warn(
+        warn(
             f"base={name} {one_rate}: mixed weights train at that rate in a share of the steps, "
             "and go less far than with the base alone. Give it a number as lr, or say "
-            "lr_scale=1.0 if this is meant",
-            stacklevel=4,
+            "lr_scale=1.0 if this is meant"
         )
     if kind in REFUSED:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, parameters
 from gmixout_optim.packed_gradient import leave_gradients, pack_gradients
 from gmixout_optim.report import Report, make_report
+from gmixout_optim.warn import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,10 +33,15 @@ T = TypeVar("T")
 
 def eagerly(method: Callable[P, T]) -> Callable[P, T]:
     """Runs a public method without autograd, also in inference mode or in a compiled function."""
-    # Inference mode goes out first: leaving it would turn autograd on.
-    outside = torch.inference_mode(False)(torch.no_grad()(method))
-    run: Callable[P, T] = _disable_dynamo(outside)  # torch's own is imported at the first call
-    return run
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        # Inference mode goes out first: leaving it turns autograd on.
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    eager: Callable[P, T] = _disable_dynamo(run)  # imports torch._dynamo at the first call only
+    return eager
 
 
 class WrappingOptimizer(Optimizer):
@@ -204,7 +210,6 @@ class WrappingOptimizer(Optimizer):
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self._warn_of_lost_state()
         return state_dict
 
     @eagerly
@@ -350,19 +355,6 @@ class WrappingOptimizer(Optimizer):
             "as the anchor; a constraint that is applied after every step needs nothing",
         )
 
-    def _warn_of_lost_state(self) -> None:
-        base = self.base
-        if type(base).state_dict is Optimizer.state_dict or "lost" in self._warned:
-            return
-        extra = sorted(set(base.state_dict()) - {"state", "param_groups"})
-        if extra:
-            self._warned.add("lost")
-            warnings.warn(
-                f"base={type(base).__name__} has {extra} in a state_dict() of its own, which the "
-                "wrapper's does not hold: save them beside it and put them back after loading",
-                stacklevel=3,
-            )
-
     def _member_of(self, param: Tensor) -> Member | None:
         if not isinstance(param, Tensor):
             raise TypeError(f"param must be one of the optimizer's parameters, got {param!r}")
@@ -405,4 +397,4 @@ class WrappingOptimizer(Optimizer):
             self._warned.add(kind)
             names = ", ".join(member.name for member in written[:3])
             more = f" and {len(written) - 3} more" if len(written) > 3 else ""
-            warnings.warn(f"weights of {names}{more} {message}", stacklevel=5)
+            warn(f"weights of {names}{more} {message}")

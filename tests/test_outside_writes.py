@@ -331,3 +331,40 @@ def test_the_report_says_which_weights_the_model_holds(settings: dict[str, Any])
     assert not is_live()
     train(model, optimizer, range(3, 5))
     assert is_live()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", ["consolidate", "eval", "train"])
+def test_a_model_written_through_data_is_kept(
+    call: str, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    """As averages copy themselves into a model, without a trace in versions."""
+    model, optimizer = run(settings, dtype=dtype)
+    best = small_model(dtype, seed=7)
+    if call == "train":
+        optimizer.eval()
+    for param, other in zip(model.parameters(), best.parameters(), strict=True):
+        param.data.copy_(other.data)
+    with pytest.warns(UserWarning, match=rf"{call}\(\)\s+keeps them"):
+        getattr(optimizer, call)()
+    assert_equal(weights(model), weights(best))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.consolidate()
+    assert_equal(weights(model), weights(best))
+
+
+@EVERY
+def test_a_few_weights_clamped_through_data_are_part_of_the_episode(
+    settings: dict[str, Any],
+) -> None:
+    model, optimizer = run(settings)
+    bound = float(model.body.weight.abs().max()) - 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.body.weight.data.clamp_(-bound, bound)
+        with optimizer.eval_weights():
+            deployed = weights(model)
+        optimizer.consolidate()
+    assert_equal(deployed, weights(model))
