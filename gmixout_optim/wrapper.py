@@ -44,6 +44,16 @@ def eagerly(method: Callable[P, T]) -> Callable[P, T]:
     return eager
 
 
+def _register(
+    hook: Callable[[Any], None], hooks: OrderedDict[int, Callable[[Any], None]]
+) -> RemovableHandle:
+    if not callable(hook):
+        raise TypeError(f"hook must be callable with the optimizer, got {hook!r}")
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
+
+
 class WrappingOptimizer(Optimizer):
     """What of the wrapper is not the method.
 
@@ -67,6 +77,7 @@ class WrappingOptimizer(Optimizer):
         self._is_busy = False
         self._open_blocks = 0
         self._warned: set[str] = set()
+        self._resample_pre_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self._resample_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         # Optimizer.__init__ would make groups and a state of its own. This sets up hooks and step
         # alone.
@@ -148,11 +159,15 @@ class WrappingOptimizer(Optimizer):
         Returns:
             a handle whose ``remove()`` takes the hook away.
         """
-        if not callable(hook):
-            raise TypeError(f"hook must be callable with the optimizer, got {hook!r}")
-        handle = RemovableHandle(self._resample_hooks)
-        self._resample_hooks[handle.id] = hook
-        return handle
+        return _register(hook, self._resample_hooks)
+
+    def register_resample_pre_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
+        """Call ``hook(optimizer)`` before each episode's end: nothing has moved yet.
+
+        Returns:
+            a handle whose ``remove()`` takes the hook away.
+        """
+        return _register(hook, self._resample_pre_hooks)
 
     @eagerly
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -239,7 +254,7 @@ class WrappingOptimizer(Optimizer):
         self._layout.hide_slots()
         with torch.no_grad():
             self._layout.look(but_converted=True)
-        left = {"step", "_resample_hooks", "_is_busy", "_open_blocks"}
+        left = {"step", "_resample_pre_hooks", "_resample_hooks", "_is_busy", "_open_blocks"}
         return {
             key: value
             for key, value in self.__dict__.items()
@@ -247,7 +262,8 @@ class WrappingOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        left_behind = {"_resample_hooks": OrderedDict(), "_is_busy": False, "_open_blocks": 0}
+        left_behind: dict[str, Any] = {"_is_busy": False, "_open_blocks": 0}
+        left_behind |= {"_resample_pre_hooks": OrderedDict(), "_resample_hooks": OrderedDict()}
         of_base = {key: item for key, item in state.items() if key in ("state", "param_groups")}
         own = {key: item for key, item in state.items() if key not in of_base}
         super().__setstate__({**left_behind, **self.__dict__, **own})
@@ -305,6 +321,8 @@ class WrappingOptimizer(Optimizer):
 
     def _next_episode(self, keep_foreign: bool = False) -> list[Member]:
         """End the episode and begin the next; returns the members that were left as they are."""
+        for hook in list(self._resample_pre_hooks.values()):
+            hook(self)
         with self._working_in_base():
             left, moved = self._layout.end_episode(keep_foreign)
             self._layout.begin_episode()
