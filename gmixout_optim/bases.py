@@ -101,14 +101,17 @@ def follows_lr(base: Optimizer) -> bool:
 
 
 def inner_optimizers(base: Optimizer) -> dict[str, Optimizer]:
-    """Optimizers that the base holds, and would step, by the name of its attribute."""
+    """Optimizers of the same parameters that the base holds, by the name of its attribute."""
     inner: dict[str, Optimizer] = {}
+    own = {id(param) for group in base.param_groups for param in group["params"]}
     for name, value in vars(base).items():
         if isinstance(value, dict):
             value = list(value.values())
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, Optimizer) and item is not base:
-                inner.setdefault(name, item)
+                params = [param for group in item.param_groups for param in group["params"]]
+                if not own.isdisjoint(map(id, params)):
+                    inner.setdefault(name, item)
     return inner
 
 
@@ -248,23 +251,29 @@ def per_cell_state(base: Optimizer, state: dict[str, Any], shape: torch.Size) ->
     }
 
 
-def initial_state(base: Optimizer, param: Tensor) -> dict[str, Any] | None:
-    """The state of a parameter that the base made before its first step, to be made fresh from.
+def initial_state(base: Optimizer) -> dict[str, Any] | None:
+    """The state that the base made of each parameter before its first step, to be made fresh from.
 
-    Tensors are described by the number that they are filled with. None where there is no state, or
-    one that has been stepped, which the base makes anew by itself; and where it is known.
+    Tensors are described by the number that they are filled with. None where there is no state, one
+    that is known, or one that differs between parameters: the base has stepped, and makes it anew
+    by itself.
     """
-    fresh: dict[str, Any] = {}
-    if type(base) in ELEMENTWISE:
+    entries = [base.state[param] for param in base.state if isinstance(param, Tensor)]
+    if type(base) in ELEMENTWISE or not entries:
         return None
-    for key, item in base.state.get(param, {}).items():
-        if isinstance(item, Tensor):
-            if type(item) is not Tensor or not item.numel() or bool((item != item.max()).any()):
-                return None
-            fresh[key] = item.max().item()
-        else:
-            fresh[key] = deepcopy(item)
-    return fresh or None
+    initial = [{key: _filled_with(item) for key, item in entry.items()} for entry in entries]
+    if any(each != initial[0] or None in each.values() or each.get("step") for each in initial):
+        return None
+    return initial[0] or None
+
+
+def _filled_with(item: Any) -> Any:
+    """The number that a tensor is filled with, None for several; anything else as it is."""
+    if not isinstance(item, Tensor):
+        return deepcopy(item)
+    if type(item) is not Tensor or not item.numel() or bool((item != item.max()).any()):
+        return None
+    return item.max().item()
 
 
 def renew_state(

@@ -139,14 +139,14 @@ class Grid(NamedTuple):
         return 1 + sum((size - 1) * stride for size, stride in sizes)
 
 
-def memory_of(tensor: Tensor) -> tuple[str, int, int] | None:
-    """Device, first address and end of a tensor's memory; None for none, or one with gaps."""
+def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Which storage a tensor lies in, and from where to where; None for none, or one with gaps."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return None
-    start = tensor.data_ptr()  # 0 where the memory was freed
-    end = start + tensor.numel() * tensor.element_size()
-    return (str(tensor.device), start, end) if start and end > start else None
+    storage = tensor.untyped_storage().data_ptr()  # 0 where the memory was freed
+    start, count = int(tensor.storage_offset()), tensor.numel()
+    return (storage, start, start + count) if storage and count else None
 
 
 class Dither(NamedTuple):

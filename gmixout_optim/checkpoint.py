@@ -26,6 +26,7 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
     keeps.
     """
     base, members = layout.base, layout.members
+    layout.pack_state()
     state: dict[Any, Any] = {
         key: value for key, value in base.state.items() if not isinstance(key, Tensor)
     }
@@ -70,6 +71,9 @@ def take_state_dict(layout: Layout, given: Any) -> None:
         # Brings the formats of older versions of torch up to date.
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         beside = {key: given[key] for key in given if key not in ("state", "param_groups")}
+        missing = own_entries(base).keys() - beside.keys()
+        if missing:
+            raise KeyError(f"{sorted(missing)} of the base's own state_dict()")
         if beside and type(base).load_state_dict is not Optimizer.load_state_dict:
             take_own_entries(base, deepcopy(beside))
     except Exception as error:
@@ -139,13 +143,25 @@ def _check_parameters(saved: Any, own: dict[str, Any], where: str) -> None:
             f"{len(own['params'])}: it belongs to another model"
         )
     names, own_names = saved.get("param_names"), own.get("param_names")
-    if names and own_names:
+    if names and own_names and not _same_names(names, own_names):
         for name, own_name in zip(names, own_names, strict=True):
             if unwrapped(name) != unwrapped(own_name):
                 raise ValueError(
                     f"{where} of state_dict has {name!r} where this optimizer has {own_name!r}: it "
                     "belongs to another model, or one whose parameters come in another order"
                 )
+
+
+def _same_names(names: list[str], others: list[str]) -> bool:
+    """Whether names are alike, or all of them with the same prefix: a part of a module."""
+    pairs = [(unwrapped(a), unwrapped(b)) for a, b in zip(names, others, strict=True)]
+    prefixes = {long.removesuffix(short) for long, short in map(_by_length, pairs)}
+    return len(prefixes) == 1 and (prefixes == {""} or prefixes.pop().endswith("."))
+
+
+def _by_length(pair: tuple[str, str]) -> tuple[str, str]:
+    a, b = pair
+    return (a, b) if len(a) >= len(b) else (b, a)
 
 
 def _check_hyperparameters(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:

@@ -64,6 +64,9 @@ class DenseLayout(Layout):
     def check_state(self, member: Member) -> None:
         """Nothing to check: the base keeps its state whole."""
 
+    def pack_state(self) -> None:
+        """Nothing to do: the base works on whole tensors."""
+
     def _begin_episodes(self, members: list[Member]) -> None:
         for member in members:
             self.residual.begin_episode(member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +18,9 @@ from gmixout_optim.settings import KEY
 
 # A write through ``.data`` has no version. So many weights of so many tensors are looked at again,
 # which tell whether the whole model was written to.
-_WITNESSES, _THEIR_WEIGHTS = 8, 16
+_WITNESSES, _THEIR_WEIGHTS = 4, 16
+# Less than this, relative to a weight, is a decay or a constraint in ``.data``, and no other model.
+_SMALL_CHANGE = 1e-5
 
 
 class Layout(ABC):
@@ -35,6 +38,8 @@ class Layout(ABC):
         self.residual = residual
         self._shows_slots = False
         self._witnesses: list[tuple[Member, Tensor]] = []
+        self._largest: list[Member] = []  # of so many trained ones
+        self._sorted = 0
 
     @abstractmethod
     def step(self, closure: Closure | None) -> Any:
@@ -70,6 +75,7 @@ class Layout(ABC):
         new = [member for member in members if member.slot is None]
         if new:
             self.members.check_apart()  # weights may have been tied since
+            self.members.take(new)
         for member in new:
             if KEY in self.base.state.get(member.param, {}):
                 raise RuntimeError(
@@ -104,6 +110,10 @@ class Layout(ABC):
         self._shows_slots = True
         for member in self.members.trained():
             self.base.state[member.param][KEY] = kept_tensors(slot_of(member))
+
+    @abstractmethod
+    def pack_state(self) -> None:
+        """Where the base works on packed vectors, pack whole tensors that somebody gave it."""
 
     def hide_slots(self) -> None:
         """Undo :meth:`show_slots`: an optimizer takes any entry for an initialised state."""
@@ -149,8 +159,12 @@ class Layout(ABC):
     def seal(self, stepped: bool = False) -> None:
         """What the model holds now is the library's; ``stepped``: and was trained on."""
         trained = self.members.trained()
-        largest = sorted(trained, key=lambda member: member.cells.grid.cells)[-_WITNESSES:]
-        self._witnesses = [(member, _first_weights(member)) for member in largest]
+        if len(trained) != self._sorted:
+            self._sorted = len(trained)
+            self._largest = sorted(trained, key=lambda m: m.cells.grid.cells)[-_WITNESSES:]
+        self._witnesses = [
+            (member, _first_weights(member)) for member in self._largest if member.slot is not None
+        ]
         for member in trained:
             slot = slot_of(member)
             slot.version = member.cells.version
@@ -272,11 +286,11 @@ def _first_weights(member: Member) -> Tensor:
 def _was_replaced(member: Member, before: Tensor) -> bool:
     """Whether most of these weights are others now."""
     now = _first_weights(member)
-    if now.shape != before.shape:
+    if (now.shape, now.dtype) != (before.shape, before.dtype):
         return False
     before = before.to(now.device)
-    same = (now == before) | (now.isnan() & before.isnan())
-    return bool(same.float().mean() < 0.5)
+    close = torch.isclose(now, before, rtol=_SMALL_CHANGE, atol=0.0, equal_nan=True)
+    return bool(close.float().mean() < 0.5)
 
 
 def kept_tensors(slot: Slot) -> dict[str, Tensor]:

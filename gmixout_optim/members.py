@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
+from threading import RLock
 from typing import Any
 from weakref import ref
 
@@ -21,6 +22,7 @@ from gmixout_optim.settings import KEY, Run, check_anchor_decay, check_group_key
 # The members that each mixed parameter belongs to, by its id: they hold it for as long as they are
 # alive. Torch refuses to swap tensors that have weak references.
 _holders: dict[int, ref[Members]] = {}
+_lock = RLock()
 
 
 @dataclass(eq=False)
@@ -182,6 +184,7 @@ class Members:
         self.defaults = defaults
         self._of: dict[Tensor, Member] = {}
         self._is_holding = True
+        self.was_holding = True  # before it was copied
         # The groups as they were adopted: dict, parameters, names.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[str]]] = []
 
@@ -210,6 +213,11 @@ class Members:
     def find(self, groups: Sequence[dict[str, Any]], first_number: int = 0) -> list[Member]:
         """The parameters of groups that are to be mixed, checked; nothing is changed."""
         found: dict[Tensor, Member] = {}
+        excluded = {
+            param
+            for _, group, place, param in parameters(groups)
+            if isinstance(param, Tensor) and self._is_excluded(group, place)
+        }
         for number, group, place, param in parameters(groups):
             own = {**group, **check_group_keys({**self.defaults, **group})}
             if not isinstance(param, Tensor):
@@ -218,7 +226,7 @@ class Members:
                 )
             if param in found:
                 found[param].is_repeated = True
-            elif self.reason_unmixed(own, place) is None:
+            elif self.reason_unmixed(own, place) is None and param not in excluded:
                 name = name_of(group, place, first_number + number)
                 _check_parameter(name, param)
                 cells = Cells(
@@ -229,7 +237,8 @@ class Members:
                     self.run.sampler,
                 )
                 _check_size(name, cells)
-                self._check_free(name, param)
+                if param.requires_grad:
+                    self._check_free(name, param)
                 found[param] = Member(cells, group, name, self.run, self.rates)
         self.check_apart(groups, found)
         return list(found.values())
@@ -251,12 +260,12 @@ class Members:
         spans = []
         for name, param in named:
             memory = memory_of(param)
-            if memory is not None:
+            if memory is not None and param.requires_grad:
                 spans.append((memory, name, param))
-        spans.sort(key=lambda span: span[0][:2])
-        reach: dict[str, tuple[int, str, Tensor]] = {}
-        for (device, start, end), name, param in spans:
-            before, other_name, other = reach.get(device, (start, name, param))
+        spans.sort(key=lambda span: span[0])
+        reach: dict[int, tuple[int, str, Tensor]] = {}
+        for (storage, start, end), name, param in spans:
+            before, other_name, other = reach.get(storage, (start, name, param))
             if start < before and param is not other and not mine.isdisjoint({param, other}):
                 raise ValueError(
                     f"{other_name} and {name} are two parameters in the same memory, which would "
@@ -264,18 +273,21 @@ class Members:
                     "head.weight = embedding.weight, before the base is built"
                 )
             if end >= before:
-                reach[device] = end, name, param
+                reach[storage] = end, name, param
 
     def reason_unmixed(self, group: dict[str, Any], place: int) -> str | None:
         """Why the parameter at ``place`` of a group is not mixed; None where it is."""
-        names = group.get("param_names")
-        if names is not None and matches(names[place], self.exclude):
+        if self._is_excluded(group, place):
             return "excluded"
         if group["mask_prob"] == 0:
             return "mask_prob is 0"
         if group["params"][place].numel() == 0:
             return "empty"
         return None
+
+    def _is_excluded(self, group: dict[str, Any], place: int) -> bool:
+        names = group.get("param_names")
+        return names is not None and matches(names[place], self.exclude)
 
     def adopt(self, groups: Iterable[dict[str, Any]], found: Iterable[Member]) -> None:
         """Make parameters found in groups members, and the groups the run's."""
@@ -285,45 +297,73 @@ class Members:
             first = self.param_count
             names = [name_of(group, place, first + place) for place in range(len(group["params"]))]
             self._groups.append((group, list(group["params"]), names))
+        found = list(found)
+        with _lock:
+            for key in [key for key, holder in _holders.items() if holder() is None]:
+                del _holders[key]
         for member in found:
             self._of[member.param] = member
-        self._is_holding = False
-        self.hold()
+        self.take(found)
+
+    # One at a time: two would undo each other's steps. Frozen parameters are nobody's until they
+    # are trained.
 
     def hold(self) -> None:
         """Keep other optimizers from mixing these parameters, again after :meth:`release`."""
         if not self._is_holding:
-            for member in self:
-                self._check_free(member.name, member.param)
-            for key in [key for key, holder in _holders.items() if holder() is None]:
-                del _holders[key]
-            _holders.update({id(member.param): ref(self) for member in self})
+            self.take(list(self))
             self._is_holding = True
+
+    def take(self, members: Iterable[Member]) -> None:
+        """:meth:`hold` some. ValueError where another optimizer does, and nothing has changed."""
+        members = [m for m in members if m.param.requires_grad or m.slot is not None]
+        with _lock:
+            for member in members:
+                self._check_free(member.name, member.param)
+            _holders.update({id(member.param): ref(self) for member in members})
 
     def release(self) -> None:
         """Let another optimizer mix these parameters."""
         self._is_holding = False
-        for member in self:
-            if self._holder_of(member.param) is self:
-                del _holders[id(member.param)]
+        with _lock:
+            for member in self:
+                if self._holder_of(member.param) is self:
+                    del _holders[id(member.param)]
+
+    def is_held_elsewhere(self, param: Tensor) -> bool:
+        return self._holder_of(param) not in (None, self)
 
     def _check_free(self, name: str, param: Tensor) -> None:
-        if self._holder_of(param) in (None, self):
+        if not self.is_held_elsewhere(param):
             return
         gc.collect()  # it may be garbage already
-        if self._holder_of(param) not in (None, self):
-            raise ValueError(
-                f"{name} is mixed by another GMixoutOptimizer, and the two would undo each other's "
-                "steps: call consolidate() of that one first, which ends it, or delete it"
-            )
+        other = self._holder_of(param)
+        if other is None or other is self:
+            return
+        if other._is_given_up():
+            other.release()
+            return
+        raise ValueError(
+            f"{name} is mixed by another GMixoutOptimizer, and the two would undo each other's "
+            "steps: call consolidate() of that one first, which ends it, or delete it and what "
+            "holds it (a trainer, a traceback); or exclude the parameter in one of the two"
+        )
+
+    def _is_given_up(self) -> bool:
+        """Whether somebody wrote to all that was trained: the model was set to begin again."""
+        trained = self.trained()
+        return bool(trained) and all(
+            member.slot is not None and member.slot.version != member.cells.version
+            for member in trained
+        )
 
     @staticmethod
-    def _holder_of(param: Tensor) -> object:
+    def _holder_of(param: Tensor) -> Members | None:
         holder = _holders.get(id(param))
-        return holder and holder()
+        return None if holder is None else holder()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_is_holding": False}
+        return {**self.__dict__, "_is_holding": False, "was_holding": self._is_holding}
 
     def bind(self, groups: Sequence[dict[str, Any]]) -> None:
         """Follow groups that were replaced by others with the same parameters, place by place.

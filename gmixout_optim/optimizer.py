@@ -248,10 +248,9 @@ class GMixoutOptimizer(WrappingOptimizer):
         """End the episode, though only partly run; the model is left at the weights to deploy.
 
         Episodic: the anchor, to which the episode was added. Persistent: the mean over masks,
-        A + d * s * (U - A). The model is then a plain model, and nothing of the method is left in
-        it. Tensors that somebody else wrote since the last step, a loaded checkpoint say, stay as
-        they are; a warning says so once. After :meth:`eval` the model keeps the weights that it
-        shows. Another optimizer may then mix the parameters.
+        A + d * s * (U - A). The model is a plain model then, which another optimizer may mix.
+        Tensors that somebody else wrote since the last step, a loaded checkpoint say, stay as they
+        are; a warning says so once. After :meth:`eval` the model keeps the weights that it shows.
         """
         self._refuse_in_step("consolidate()")
         if self._open_blocks:
@@ -266,12 +265,12 @@ class GMixoutOptimizer(WrappingOptimizer):
                 self._layout.residual.reanchor(member)
         elif self.steps_in_episode > 0:
             left = self._next_episode(keep_foreign=True)
-        self._warn_of_kept(left, "consolidate()")
         self._members.release()
         for member in self._members:
             if member.packs_gradients:  # a further step has them packed again
                 leave_gradients(member.param)
                 member.packs_gradients = False
+        self._warn_of_kept(left, "consolidate()")
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
@@ -304,8 +303,9 @@ class GMixoutOptimizer(WrappingOptimizer):
         self._refuse_in_step("eval()")
         self._members.check_groups(self.param_groups)
         if not self._layout.shows_deployed:  # nor after consolidate(), with the persistent residual
-            self._warn_of_kept(self._layout.show_deployed(), "eval()")
+            left = self._layout.show_deployed()
             self._run.evaluating = True
+            self._warn_of_kept(left, "eval()")
 
     @eagerly
     def train(self) -> None:
@@ -315,5 +315,6 @@ class GMixoutOptimizer(WrappingOptimizer):
         a warning says so once.
         """
         if self._run.evaluating:
-            self._warn_of_kept(self._layout.show_live(), "train()")
+            left = self._layout.show_live()
             self._run.evaluating = False
+            self._warn_of_kept(left, "train()")

@@ -65,8 +65,7 @@ class PackedLayout(Layout):
                 member.cells.gradient.current_for(member)
         self.look()
         self.open(learning)
-        for member in learning:  # somebody may have put whole tensors there
-            self._pack_state(member)
+        self.pack_state()
         batched, lent = self._split(learning)
         compiled, eager = self.compiler.split_step(batched)
         try:
@@ -164,6 +163,10 @@ class PackedLayout(Layout):
         for member in eager:
             self.residual.begin_episode(member)
         self.compiler.begin_episode(compiled)
+
+    def pack_state(self) -> None:
+        for member in self.members.trained():
+            self._pack_state(member)
 
     def check_state(self, member: Member) -> None:
         for key, item in self.base.state.get(member.param, {}).items():

@@ -213,7 +213,7 @@ def _keeps_zeros(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 
 # The hook of each parameter whose gradients are packed, by its id, whichever optimizer does it.
-_hooks: dict[int, RemovableHandle] = {}
+_hooks: dict[int, tuple[RemovableHandle, weakref.finalize[..., Any]]] = {}
 
 
 def pack_gradients(member: Member) -> None:
@@ -232,21 +232,18 @@ def pack_gradients(member: Member) -> None:
             param.grad = PackedGradient(_active_part(member, grad), owner, param, member.run.draws)
 
     handle = member.param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]
-    _hooks[id(member.param)] = handle
-    weakref.finalize(member, _forget, id(member.param), handle)
+    key = id(member.param)
+    _hooks[key] = handle, weakref.finalize(member, _hooks.pop, key, None)
     member.packs_gradients = True
 
 
 def leave_gradients(param: Tensor) -> None:
     """Let ``param.grad`` be what backward makes of it, whichever optimizer packed it."""
-    handle = _hooks.pop(id(param), None)
-    if handle is not None:
+    hook = _hooks.pop(id(param), None)
+    if hook is not None:
+        handle, forget = hook
         handle.remove()
-
-
-def _forget(key: int, handle: RemovableHandle) -> None:
-    if _hooks.get(key) is handle:
-        del _hooks[key]
+        forget.detach()
 
 
 def _can_be_packed(grad: Tensor) -> bool:

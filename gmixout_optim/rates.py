@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -109,13 +110,20 @@ def shown_groups(
 
 
 def _lists(base: Optimizer, group: dict[str, Any]) -> dict[str, list[Any]]:
-    """What a group has for each of its parameters: these, names, and lists of the same length."""
+    """What a group has for each of its parameters: these, names, and lists of the same length.
+
+    Lists of numbers may be hyperparameters, unless there are other lists beside them.
+    """
     count = len(group["params"])
-    return {
+    lists = {
         key: item
         for key, item in group.items()
         if isinstance(item, list) and len(item) == count and key not in base.defaults
     }
+    numbers = {key for key, item in lists.items() if all(isinstance(each, Real) for each in item)}
+    if lists.keys() - numbers <= {"params", "param_names"}:
+        lists = {key: item for key, item in lists.items() if key not in numbers}
+    return lists
 
 
 def _version(lr: Any) -> int:

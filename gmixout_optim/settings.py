@@ -256,10 +256,15 @@ def check_base(base: Any, wrapper: type[Optimizer]) -> None:
         raise ValueError(
             f"base is held by another GMixoutOptimizer already: build a new {kind} to wrap"
         )
-    if any(KEY in group for group in base.param_groups):
+    if any(KEY in entry for entry in base.state.values() if isinstance(entry, dict)):
         raise ValueError(
             f"base={kind} has loaded the state of a GMixoutOptimizer, which does not fit it: load "
             f"that into the wrapper around a new {kind}"
+        )
+    if any(KEY in group for group in base.param_groups):
+        raise ValueError(
+            f"base={kind} was built from group dicts that another GMixoutOptimizer had, and wrote "
+            "its settings into: build the groups anew, as mixout_param_groups() does"
         )
 
 

@@ -64,7 +64,7 @@ class WrappingOptimizer(Optimizer):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Before Python finds fault with further arguments, which are the base's.
-        if args:
+        if args and cls.__init__.__module__.startswith(__package__):
             settings.check_base(args[0], WrappingOptimizer)
         return super().__new__(cls)
 
@@ -270,7 +270,8 @@ class WrappingOptimizer(Optimizer):
         for key, item in of_base.items():
             setattr(self.base, key, item)
         guard(self.base)
-        self._members.hold()
+        if self._members.was_holding:
+            self._members.hold()
         self._layout.seal()  # the copied parameters have other versions
         for member in self._members:
             if member.packs_gradients:
@@ -298,19 +299,22 @@ class WrappingOptimizer(Optimizer):
 
     def _checked(self, added: Sequence[dict[str, Any]]) -> list[Member]:
         """The members in groups that are to be added. Nothing is changed."""
+        self._members.hold()
         mixed = self._members.find(added, self._members.param_count)
         settings.resolve_layout(self.base, self._run, [member.param for member in mixed])
         warn_of_fresh_layers(mixed)
         return mixed
 
     def _adopt(self, groups: Sequence[dict[str, Any]], mixed: list[Member]) -> None:
+        initial = initial_state(self.base) if mixed else None
         for member in mixed:
             self._layout.check_state(member)
-            member.initial_state = initial_state(self.base, member.param)
+            member.initial_state = initial
         self._members.adopt(groups, mixed)
         for group in groups:
             for param in group["params"]:
-                leave_gradients(param)
+                if not self._members.is_held_elsewhere(param):
+                    leave_gradients(param)
         self._pack_gradients()
 
     def _pack_gradients(self) -> None:

@@ -138,6 +138,13 @@ def test_as_a_base_they_are_refused_and_left_alone(name: str) -> None:
         assert not torch.equal(start[0], model.body.weight)
 
 
+def test_a_base_that_knows_an_optimizer_of_other_parameters() -> None:
+    generator, discriminator = small_model(), small_model(seed=1)
+    base = adamw(generator.parameters())
+    base.partner = adamw(discriminator.parameters())
+    GMixoutOptimizer(base)
+
+
 def test_a_base_that_is_around_a_wrapper_is_refused() -> None:
     inner = GMixoutOptimizer(adamw(small_model().parameters()))
     with pytest.raises(TypeError, match="around a GMixoutOptimizer already"):

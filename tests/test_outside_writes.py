@@ -368,3 +368,42 @@ def test_a_few_weights_clamped_through_data_are_part_of_the_episode(
             deployed = weights(model)
         optimizer.consolidate()
     assert_equal(deployed, weights(model))
+
+
+@EVERY
+@pytest.mark.parametrize("call", ["eval", "train", "consolidate"])
+def test_a_warning_that_is_an_error_leaves_nothing_half_done(
+    call: str, settings: dict[str, Any]
+) -> None:
+    model, optimizer = run(settings)
+    if call == "train":
+        optimizer.eval()
+    with torch.no_grad():
+        model.body.weight.add_(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="keeps them"):
+            getattr(optimizer, call)()
+    other, by = run(settings)
+    if call == "train":
+        by.eval()
+    with torch.no_grad():
+        other.body.weight.add_(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(by, call)()
+        for each in (optimizer, by):
+            each.train()
+    assert_equal(weights(model), weights(other))
+    for each, its in ((model, optimizer), (other, by)):
+        train(each, its, range(5, 9))
+    assert_equal(weights(model), weights(other))
+
+
+def test_a_decay_through_data_is_part_of_the_episode() -> None:
+    model, optimizer = run({})
+    for param in model.parameters():
+        param.data.mul_(1 - 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.consolidate()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
+import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gmixout_optim import GMixoutOptimizer
+from gmixout_optim import GMixoutOptimizer, members, packed_gradient
 from tests.training import assert_equal, loss_of, saved_and_loaded, small_model, train, weights
 
 HELD = r"body.weight is mixed by another GMixoutOptimizer.*consolidate\(\)"
@@ -117,6 +120,115 @@ def test_what_one_of_two_does_not_mix() -> None:
         body.step()
         head.step()
         model.zero_grad()
+
+
+def test_a_model_that_was_set_back_is_free() -> None:
+    """A sweep over learning rates in a loop: the last optimizer is alive until the name is bound
+    again."""
+    model = small_model()
+    initial = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        model.load_state_dict(initial)
+        optimizer = wrap(model)
+        train(model, optimizer, range(2))
+    with pytest.raises(ValueError, match=HELD):
+        wrap(model)
+
+
+def test_frozen_parameters_are_nobodys() -> None:
+    """A frozen backbone with several heads; who trains it first has it."""
+    model, head = small_model(), nn.Linear(8, 3).double()
+    model.body.requires_grad_(False)
+    body = list(model.body.parameters())
+    first = GMixoutOptimizer(torch.optim.SGD([*body, *model.head.parameters()], lr=0.1))
+    second = GMixoutOptimizer(torch.optim.SGD([*body, *head.parameters()], lr=0.1))
+    model.body.requires_grad_(True)
+    train(model, first, range(1))
+    for param in body:
+        param.grad = torch.ones_like(param)
+    before = weights(model)
+    with pytest.raises(ValueError, match="is mixed by another GMixoutOptimizer"):
+        second.step()
+    assert_equal(before, weights(model))
+
+
+def test_copies_of_what_was_consolidated_hold_nothing() -> None:
+    model = small_model()
+    optimizer = wrap(model)
+    train(model, optimizer, range(2))
+    optimizer.consolidate()
+    copied, copy_of_optimizer = copy.deepcopy((model, optimizer))
+    third = wrap(copied)
+    train(copied, third, range(2))
+    with pytest.raises(ValueError, match=HELD):
+        copy_of_optimizer.step()
+
+
+def test_a_group_refused_after_consolidate_is_not_added() -> None:
+    model, extra = small_model(), nn.Parameter(torch.randn(9))
+    first = wrap(model)
+    train(model, first, range(2))
+    first.consolidate()
+    second = wrap(model, seed=1)
+    with pytest.raises(ValueError, match=HELD):
+        first.add_param_group({"params": [("extra", extra)]})
+    assert len(first.param_groups) == 1
+    second.consolidate()
+    first.add_param_group({"params": [("extra", extra)]})
+
+
+def test_packed_gradients_of_the_one_survive_the_other() -> None:
+    model = small_model()
+    body = wrap(model, exclude="head.*", grad_layout="packed")
+    train(model, body, range(1))
+    wrap(model, exclude="body.*", seed=1)
+    loss_of(model, 1).backward()
+    assert type(model.body.weight.grad).__name__ == "PackedGradient"
+    assert type(model.head.weight.grad) is torch.Tensor
+
+
+def test_threads_that_wrap_and_consolidate() -> None:
+    """As parallel trials do, each with a model of its own."""
+    errors: list[BaseException] = []
+
+    def trial() -> None:
+        try:
+            for _ in range(60):
+                wrap(small_model()).consolidate()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=trial) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_nothing_grows_with_the_number_of_optimizers() -> None:
+    def registered() -> tuple[int, int, int]:
+        gc.collect()
+        return len(members._holders), len(packed_gradient._hooks), len(weakref.finalize._registry)
+
+    model = small_model()
+    optimizer = wrap(model, grad_layout="packed")
+    train(model, optimizer, range(1))
+    before = registered()
+    for step in range(5):
+        optimizer.consolidate()
+        train(model, optimizer, [step])
+        other = small_model()
+        train(other, wrap(other, grad_layout="packed"), range(1))
+        del other
+    wrap(small_model())
+    after = registered()
+    assert all(a - b <= 8 for a, b in zip(after, before, strict=True)), (before, after)
 
 
 # Repeated in a group. Torch warns, and steps it as often.

@@ -25,6 +25,7 @@ PUBLIC = {
     "mixout",
     "random_masking",
     "register_resample_hook",
+    "register_resample_pre_hook",
     "report",
     "resample",
     "resync",

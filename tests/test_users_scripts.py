@@ -128,6 +128,7 @@ def test_moments_set_to_whole_tensors(settings: dict[str, Any]) -> None:
                     moments[key] = torch.full_like(param, 0.25)
                 else:
                     moments[key].fill_(0.25)
+        by.load_state_dict(saved_and_loaded(by.state_dict()))
         train(each, by, range(2, 8))
     if settings == LAYOUTS["packed"]:
         assert_equal(weights(model), weights(other))
@@ -182,6 +183,38 @@ def test_state_made_in_the_constructor_is_made_fresh_from(settings: dict[str, An
         if settings == LAYOUTS["dense"]:
             assert state["mean"] is means[param]  # which others may hold
     train(model, optimizer, range(3, 8))
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+def test_state_of_a_base_that_has_stepped_starts_fresh_after_a_redraw(layout: str) -> None:
+    """A tensor of one element is always filled with one number."""
+
+    class Momentum(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(params, dict(lr=lr))
+
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    state = self.state[param]
+                    mean = state.setdefault("mean", torch.zeros_like(param))
+                    mean.lerp_(param.grad, 0.5)
+                    param.detach().sub_(group["lr"] * mean)
+
+    for shapes in ([(1,), (4, 4)], [(1,), ()]):
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        base = Momentum(params, lr=0.1)
+        for factor in range(3):
+            for place, param in enumerate(params):
+                param.grad = torch.randn_like(param) * (factor + place)
+            if factor == 2:
+                optimizer = GMixoutOptimizer(base, resample_every=1, mask_prob=0.5, layout=layout)
+                optimizer.step()
+            else:
+                base.step()
+        for param in params:
+            kept = base.state.get(param, {}).get("mean")
+            assert kept is None or not kept.any()
 
 
 def test_a_state_dict_kept_by_reference_keeps_the_anchors() -> None:
@@ -325,6 +358,39 @@ def test_a_bare_base_that_has_loaded_a_wrapped_state() -> None:
         GMixoutOptimizer(base)
 
 
+def test_a_prefix_of_all_names_does_not_matter() -> None:
+    """Of a LightningModule, say, whose model is a part of it."""
+    model, other = small_model(), small_model()
+    optimizer = wrap(model)
+    train(model, optimizer, range(2))
+    named = [(f"model.{name}", param) for name, param in other.named_parameters()]
+    loader = GMixoutOptimizer(torch.optim.AdamW(named, lr=0.02), mask_prob=0.5, resample_every=3)
+    loader.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(loader.state_dict())
+    for names in (("x.body", "y.head"), ("mybody", "myhead")):
+        parts = dict(zip(("body", "head"), names, strict=True))
+        third = small_model()
+        other_names = [
+            (parts[name.split(".")[0]] + name[4:], param)
+            for name, param in third.named_parameters()
+        ]
+        loader = GMixoutOptimizer(
+            torch.optim.AdamW(other_names, lr=0.02), mask_prob=0.5, resample_every=3
+        )
+        with pytest.raises(ValueError, match="belongs to another model"):
+            loader.load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_dict_without_what_the_base_adds() -> None:
+    optimizer = wrap(small_model(), Counting)
+    saved = optimizer.state_dict()
+    del saved["count"]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"\['count'\] of the base's own state_dict\(\)"):
+        optimizer.load_state_dict(saved)
+    assert_equal(before, optimizer.state_dict())
+
+
 # Groups and memory
 
 
@@ -373,6 +439,54 @@ def test_lists_with_an_item_for_each_parameter_go_with_it(settings: dict[str, An
             assert 1.4 <= float(moved / bare) <= 2.2
 
 
+def test_lists_that_are_hyperparameters_stay_whole() -> None:
+    class Momenta(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                first, second = group["momenta"]
+                assert (first, second) == (0.9, 0.99)
+                for param in group["params"]:
+                    param.detach().sub_(group["lr"] * param.grad)
+
+    params = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(30))]
+    for named in (False, True):
+        given = [(f"p{place}", param) for place, param in enumerate(params)] if named else params
+        base = Momenta([{"params": given, "momenta": [0.9, 0.99]}], lr=0.1)
+        optimizer = GMixoutOptimizer(base)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.consolidate()
+
+
+def test_group_dicts_of_another_wrapper() -> None:
+    """They hold its settings, which would silently be those of the next."""
+    model = small_model()
+    groups = [{"params": list(model.parameters())}]
+    GMixoutOptimizer(torch.optim.AdamW(groups), mask_prob=0.5).consolidate()
+    with pytest.raises(ValueError, match="group dicts that another GMixoutOptimizer had"):
+        GMixoutOptimizer(torch.optim.AdamW(groups), mask_prob=0.9)
+
+
+def test_a_parameter_with_two_names_is_excluded_by_either() -> None:
+    param = nn.Parameter(torch.randn(8, 6))
+    for pattern in ("embedding.*", "head.*"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = torch.optim.AdamW([("embedding.weight", param), ("head.weight", param)])
+        optimizer = GMixoutOptimizer(base, exclude=pattern)
+        assert not any(tensor.mixed for tensor in optimizer.report().tensors)
+
+
+def test_a_subclass_with_arguments_of_its_own() -> None:
+    class Mine(GMixoutOptimizer):
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(torch.optim.AdamW(params, lr=lr), mask_prob=0.5)
+
+    optimizer = Mine(small_model().parameters(), lr=1e-3)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
 @EVERY
 def test_two_parameters_in_the_same_memory_are_refused(settings: dict[str, Any]) -> None:
     class Tied(nn.Module):
@@ -407,6 +521,9 @@ def test_two_parameters_in_the_same_memory_are_refused(settings: dict[str, Any])
     with pytest.raises(ValueError, match="same memory"):
         head.add_param_group({"params": [late.embedding]})
     GMixoutOptimizer(torch.optim.AdamW(Tied(False).parameters()), mask_prob=0.0)
+    frozen = Tied(False)
+    frozen.head.requires_grad_(False)
+    GMixoutOptimizer(torch.optim.AdamW(frozen.parameters()), **settings)
 
 
 @EVERY
