@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from gmixout_optim import GMixoutOptimizer
+from gmixout_optim.testing import InvariantError, check_invariants
 from tests.training import assert_equal, batch, loss_of, small_model, weights
 
 STEPS = 7
@@ -35,7 +36,12 @@ def _rank(rank: int, folder: str) -> None:
         part = slice(rank, None, 2)
         (model(inputs[part]) - targets[part]).square().mean().backward()
         optimizer.step()
+        if step == 4:
+            check_invariants(optimizer)
     torch.save(weights(model.module), f"{folder}/{rank}.pt")
+    optimizer._run.steps_in_episode += rank  # as a rank that has missed a step
+    with pytest.raises(InvariantError, match="ranks differ in steps_in_episode"):
+        check_invariants(optimizer)
     dist.barrier()
     os._exit(0)  # gloo's threads can keep a process from ending
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from gmixout_optim.testing import trainings as trainings_module
 from gmixout_optim.testing.checks import take_snapshot
 from gmixout_optim.testing.trainings import CHECKS, plan_of
 from tests.training import loss_of, small_model, train, weights
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 NAMES = {int(name.split("_")[1]): name for name in CHECKS}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -476,6 +479,45 @@ def test_a_monitor_begins_anew_after_resync_and_load(running: Any) -> None:
         model.load_state_dict(small_model(torch.float32, seed=6).state_dict())
         train(model, optimizer, range(3, 9))
         optimizer.consolidate()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_monitor_under_trainer(tmp_path: Path) -> None:
+    import hf_trainer
+
+    trainer = hf_trainer.make_trainer(tmp_path, 20, disable_tqdm=True, use_cpu=True)
+    optimizer = trainer.optimizer
+    with InvariantMonitor(optimizer, every=3) as monitor:
+        trainer.train()
+        assert monitor._steps == 20
+    assert optimizer.episode > 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_monitor_under_lightning(tmp_path: Path) -> None:
+    import lightning_module
+
+    class Watch(lightning_module.L.Callback):
+        def on_train_start(self, trainer: Any, module: nn.Module) -> None:
+            (optimizer,) = trainer.optimizers
+            self.monitor = InvariantMonitor(optimizer, every=3)
+            self.monitor.start()
+
+        def on_train_end(self, trainer: Any, module: nn.Module) -> None:
+            self.steps = self.monitor._steps
+            self.monitor.stop()
+
+    watch = Watch()
+    trainer = lightning_module.make_trainer(
+        2,
+        callbacks=[watch],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(lightning_module.Module(), *lightning_module.loaders())
+    assert watch.steps == trainer.global_step == 16
 
 
 def test_misuse_of_a_monitor(running: Any) -> None:

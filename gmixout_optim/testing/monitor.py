@@ -225,7 +225,11 @@ def _check_moved(optimizer: GMixoutOptimizer, member: Member, end: _Ending) -> N
     else:
         moved = mixing.gather(member.cells.view(), end.index)
     expected = lam * end.anchor + (1 - lam) * end.value
-    count = int(far(moved, expected, end.anchor.abs() + end.value.abs()).sum())
+    wrong = far(moved, expected, end.anchor.abs() + end.value.abs())
+    if end.anchor.dtype == end.value.dtype == moved.dtype:
+        least, most = torch.minimum(end.anchor, end.value), torch.maximum(end.anchor, end.value)
+        wrong |= (moved < least) | (moved > most)
+    count = int(wrong.sum())
     if count:
         raise InvariantError(
             3,

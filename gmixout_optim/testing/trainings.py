@@ -426,7 +426,7 @@ def check_mean_over_masks(plan: Plan) -> None:
 def check_untouched(plan: Plan) -> None:
     """12: modules, Parameters, storages, keys, shapes, dtypes and gradients stay as they are."""
     training = plan.start()
-    model, before = training.model, _looks(training.model)
+    model, before = training.model, looks(training.model)
     for _ in range(plan.steps):
         if training.needs_closure:
             training.step()
@@ -443,13 +443,13 @@ def check_untouched(plan: Plan) -> None:
                 if not same or (grad is not None and not _same(grad, values)):
                     raise InvariantError(12, "step() changed its gradient", name)
         with training.optimizer.eval_weights():
-            shown = _looks(model)
-        for now in (shown, _looks(model)):
+            shown = looks(model)
+        for now in (shown, looks(model)):
             for what, a in before.items():
                 if now[what] != a:
                     raise InvariantError(12, f"{what} changed in step {training.time}")
     training.optimizer.consolidate()
-    if _looks(model) != before:
+    if looks(model) != before:
         raise InvariantError(12, "consolidate() changed more than weights")
 
 
@@ -459,7 +459,8 @@ def _same(grad: Any, values: Tensor | None) -> bool:
     return torch.equal(torch.nan_to_num(grad), torch.nan_to_num(values))
 
 
-def _looks(model: nn.Module) -> dict[str, Any]:
+def looks(model: nn.Module) -> dict[str, Any]:
+    """What of a model must stay as it is."""
     named = list(model.named_parameters(remove_duplicate=False))
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
@@ -472,6 +473,7 @@ def _looks(model: nn.Module) -> dict[str, Any]:
             for key, item in model.state_dict().items()
             if isinstance(item, Tensor)
         ],
+        "buffers": [(name, id(buffer)) for name, buffer in model.named_buffers()],
         "hooks": [
             len(module._forward_hooks) + len(module._forward_pre_hooks)
             for module in model.modules()
