@@ -152,7 +152,7 @@ def check_index_sets(optimizer: GMixoutOptimizer) -> None:
         cells, index = member.cells, member.index()
         check_set(member, index)
         again = cells.draw(run.seed, run.episode)
-        if again.shape != index.shape or not torch.equal(again.long(), index.long()):
+        if again.shape != index.shape or not torch.equal(again, index):
             wrong = "another size" if again.shape != index.shape else None
             count = None if wrong else int((again != index).sum())
             raise InvariantError(
@@ -173,18 +173,18 @@ def check_set(member: Member, index: Tensor) -> None:
             raise InvariantError(
                 7, f"{index.numel()} cells are active, {promised} were promised", member.name
             )
-    numbers = index.long() if grid.contiguous else grid.elements_at(index)
+    numbers = index if grid.contiguous else grid.elements_at(index)
     limit = grid.cells if grid.contiguous else member.param.numel()
-    count = int(((numbers < 0) | (numbers >= limit)).sum())
-    if count:
-        raise InvariantError(7, f"{count} indices are out of range", member.name, count)
     # Rows and blocks of a tensor in another memory format are told by their elements.
     ordered = numbers if grid.contiguous or grid.width == 1 else numbers.sort().values
-    count = int((ordered[1:] <= ordered[:-1]).sum())
-    if count:
+    if not _all(ordered[1:] > ordered[:-1]):
+        count = int((ordered[1:] <= ordered[:-1]).sum())
         raise InvariantError(
             7, f"{count} indices are not greater than the one before", member.name, count
         )
+    if len(ordered) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < limit:
+        count = int(((ordered < 0) | (ordered >= limit)).sum())
+        raise InvariantError(7, f"{count} indices are out of range", member.name, count)
 
 
 def check_sizes(optimizer: GMixoutOptimizer) -> None:
@@ -240,8 +240,9 @@ def check_eval_weights(optimizer: GMixoutOptimizer) -> None:
             else:
                 shown = mixing.gather(member.cells.view(), member.index())
                 report_off_s(member, before[member.param], 9, "changed inside eval_weights()")
-            count = int(far(shown, want, scale).sum())
-            if count:
+            wrong = far(shown, want, scale)
+            if _any(wrong):
+                count = int(wrong.sum())
                 number = 11 if optimizer._run.residual == "persistent" else 9
                 raise InvariantError(
                     number,
@@ -274,7 +275,7 @@ def _to_deploy(optimizer: GMixoutOptimizer, member: Member) -> tuple[Tensor, Ten
         )
     value = optimizer._layout.residual.theta(member) if slot.value is None else slot.value
     lam, anchor = member.anchor_decay, slot.anchor
-    return lam * anchor + (1 - lam) * value, anchor.abs() + value.abs()
+    return (lam * anchor).add_(value, alpha=1 - lam), anchor.abs().add_(value.abs())
 
 
 def check_ranks(optimizer: GMixoutOptimizer) -> None:
@@ -411,6 +412,10 @@ def off_s(member: Member, differs: Tensor) -> int:
     return int(differs.sum()) if _any(differs) else 0  # counting takes longer than all the rest
 
 
+def _all(flags: Tensor) -> bool:
+    return not _any(~flags)
+
+
 def _any(flags: Tensor) -> bool:
     """``flags.any()``, eight at a time."""
     flat = flags.reshape(-1)
@@ -435,5 +440,6 @@ def far(values: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
     """Where finite values are not what a formula gives, up to rounding in their dtype."""
     wide = torch.promote_types(expected.dtype, values.dtype)
     rounding = 4 * torch.finfo(values.dtype).eps
-    distance = (values.to(wide) - expected.to(wide)).abs()
-    return (distance > rounding * scale.to(wide)) & scale.isfinite()
+    distance = torch.sub(values.to(wide), expected.to(wide)).abs_()
+    allowed = rounding * scale.to(wide)
+    return (distance > allowed).logical_and_(allowed.isfinite())

@@ -15,6 +15,7 @@ from gmixout_optim.bench.models.workload import Workload
 
 MODELS: dict[str, Callable[[], Workload]] = {
     "vit_b_16": partial(VisionTransformer, ViTConfig(patch=16, width=768, depth=12, heads=12)),
+    "vit_s_14": partial(VisionTransformer, ViTConfig(patch=14, width=384, depth=12, heads=6)),
     "vit_l_14": partial(VisionTransformer, ViTConfig(patch=14, width=1024, depth=24, heads=16)),
     "resnet50": partial(ResNet, ResNetConfig(blocks=(3, 4, 6, 3))),
     # Llama-3.2-1B
