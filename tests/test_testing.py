@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gmixout_optim import GMixoutOptimizer, bases, cells, mixing, packed, residual
@@ -26,6 +27,7 @@ from gmixout_optim.testing import (
 from gmixout_optim.testing import trainings as trainings_module
 from gmixout_optim.testing.checks import take_snapshot
 from gmixout_optim.testing.trainings import CHECKS, plan_of
+from tests.optimizers import DENSE_GRADIENTS, Case
 from tests.training import loss_of, small_model, train, weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -659,3 +661,30 @@ def test_a_snapshot_takes_what_the_mixed_weights_take() -> None:
     optimizer = GMixoutOptimizer(base, exclude="head.*")
     assert take_snapshot(optimizer).bytes == 2 * (6 * 8 + 8)
     assert bases.is_guarded(base)
+
+
+# Every invariant, for every optimizer of torch.optim and any settings
+
+
+@pytest.mark.parametrize("case", DENSE_GRADIENTS, ids=repr)
+@settings(max_examples=max(3, settings().max_examples // 8))
+@given(data=st.data())
+def test_every_invariant_for_every_optimizer(case: Case, data: st.DataObject) -> None:
+    drawn = data.draw(strategies.settings())
+    if case.closure:
+        drawn |= {"lr_scale": "auto", "episode_warmup": "auto"}
+    model = data.draw(strategies.models((torch.float64,)))
+
+    def make_training() -> Any:
+        built = model.build()
+        named = built.named_parameters()
+        matrices = [pair for pair in named if pair[1].ndim == 2 or not case.matrices_only]
+        return built, case(matrices), range(6)
+
+    def loss(built: nn.Module, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(5, model.widths[0], generator=generator, dtype=torch.float64)
+        hidden: Tensor = built.head(built.body(inputs))
+        return hidden.square().mean()
+
+    check_training(make_training, 6, loss=loss, exclude="head.*", **drawn)
