@@ -182,6 +182,8 @@ class PackedLayout(Layout):
         shape, anchor = member.cells.form[1], slot_of(member).anchor
         if not state or shape == anchor.shape:
             return
+        if not any(isinstance(item, Tensor) and item.shape == shape for item in state.values()):
+            return  # as ever
         for key in per_cell_state(self.base, state, shape):
             packed = mixing.gather(grid.view(state[key]), member.index())
             state[key] = packed.to(anchor.dtype)
