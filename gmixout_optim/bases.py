@@ -301,7 +301,7 @@ def renew_state(
     if resets_in_place(base):
         starts = ELEMENTWISE[type(base)]
         fresh = {key: starts[key](group) if key in starts else 0.0 for key in state}
-    if fresh is None or (type(base) in ELEMENTWISE and not resets_in_place(base)):
+    if fresh is None:
         del base.state[param]
         return
     per_cell = per_cell_state(base, state, shape)

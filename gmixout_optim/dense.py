@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import Closure, enter_step, renew_state
+from gmixout_optim.bases import Closure, enter_step
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members
 from gmixout_optim.rates import shown_groups
@@ -72,14 +72,7 @@ class DenseLayout(Layout):
             self.residual.begin_episode(member)
             if self.members.run.residual == "episodic":
                 shape = member.cells.form[1]
-                renew_state(
-                    self.base,
-                    member.param,
-                    member.shown_group,
-                    shape,
-                    shape,
-                    member.initial_state,
-                )
+                self._renew_state(member, shape, shape)
 
 
 class _LentParameters:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import Closure
+from gmixout_optim.bases import Closure, renew_state
 from gmixout_optim.members import Member, Members, Slot
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.residual import Residual, slot_of
@@ -206,6 +206,11 @@ class Layout(ABC):
             slot = slot_of(member)
             slot.foreign = slot.trained_foreign = False
         self.seal()
+
+    def _renew_state(self, member: Member, shape: torch.Size, new_shape: torch.Size) -> None:
+        """Make the base's state of a member fresh, whose per-cell tensors are to change shape."""
+        group, initial = member.shown_group, member.initial_state
+        renew_state(self.base, member.param, group, shape, new_shape, initial)
 
     def reanchor(self) -> None:
         """Take the weights now in the model as the anchor. An episode begins after it."""

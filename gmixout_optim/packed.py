@@ -18,7 +18,6 @@ from gmixout_optim.bases import (
     keeps_state,
     mark_stepped,
     per_cell_state,
-    renew_state,
     step_is_its_own,
 )
 from gmixout_optim.compiled import Compiler, compiled_draw
@@ -152,14 +151,7 @@ class PackedLayout(Layout):
             if member.slot is not None:
                 size = member.cells.grid.size_at(member.index())
                 shape, new_shape = member.slot.anchor.shape, torch.Size([size])
-            renew_state(
-                self.base,
-                member.param,
-                member.shown_group,
-                shape,
-                new_shape,
-                member.initial_state,
-            )
+            self._renew_state(member, shape, new_shape)
         for member in eager:
             self.residual.begin_episode(member)
         self.compiler.begin_episode(compiled)

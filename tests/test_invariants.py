@@ -66,9 +66,7 @@ def mixed_masks(trial: Trial) -> list[Tensor]:
 
 def watched(trial: Trial, invariant: int) -> Iterator[int]:
     """A run under a monitor that checks one invariant after every step."""
-    monitor = InvariantMonitor(trial.optimizer, every=1)
-    monitor._only = frozenset({invariant})
-    with monitor:
+    with InvariantMonitor._of_one(trial.optimizer, invariant):
         yield from trial.run()
 
 

@@ -312,9 +312,7 @@ def test_an_average_swapped_in_and_out_leaves_the_live_weights(
 
 @EVERY
 def test_the_report_says_which_weights_the_model_holds(settings: dict[str, Any]) -> None:
-    model = small_model(torch.float32)
-    base = torch.optim.AdamW(model.named_parameters(), lr=0.02)
-    optimizer = GMixoutOptimizer(base, mask_prob=0.5, resample_every=20, **settings)
+    model, optimizer = run(settings, steps=0)
 
     def is_live() -> bool:
         report = optimizer.report()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gmixout_optim import GMixoutOptimizer, bases, cells, mixing, packed, residual
+from gmixout_optim import GMixoutOptimizer, bases, cells, layout, mixing, packed, residual
 from gmixout_optim.testing import (
     InvariantError,
     InvariantMonitor,
@@ -183,8 +183,7 @@ def packed_gradients_are_others(patch: pytest.MonkeyPatch) -> None:
 def moments_are_not_reset(patch: pytest.MonkeyPatch) -> None:
     def keep(*args: Any) -> None: ...
 
-    patch.setattr(packed, "renew_state", keep)
-    patch.setattr(sys.modules["gmixout_optim.dense"], "renew_state", keep)
+    patch.setattr(layout, "renew_state", keep)
 
 
 def a_set_has_a_cell_twice(patch: pytest.MonkeyPatch) -> None:

@@ -253,14 +253,8 @@ def check_eval_weights(optimizer: GMixoutOptimizer) -> None:
                 )
     names = {member.param: member.name for member in optimizer._members}
     for param, weights in before.items():
-        if not torch.equal(bits(param), bits(weights)):
-            count = int((bits(param) != bits(weights)).sum())
-            raise InvariantError(
-                9,
-                f"{count} of {param.numel()} live weights were not put back",
-                names.get(param, f"a parameter of shape {tuple(param.shape)}"),
-                count,
-            )
+        name = names.get(param, f"a parameter of shape {tuple(param.shape)}")
+        require_same(9, name, param, weights, "{count} of {total} live weights were not put back")
 
 
 def _to_deploy(optimizer: GMixoutOptimizer, member: Member) -> tuple[Tensor, Tensor]:
@@ -332,14 +326,8 @@ def check_anchors(optimizer: GMixoutOptimizer, snapshot: Snapshot) -> None:
             continue
         before = mixing.gather(member.cells.grid.view(seen.anchor), member.index())
         now = layout.residual.active_anchor(member)
-        count = int((bits(now.to(before.dtype)) != bits(before)).sum())
-        if count:
-            raise InvariantError(
-                2,
-                f"the anchor of {count} active weights changed within the episode",
-                member.name,
-                count,
-            )
+        what = "the anchor of {count} active weights changed within the episode"
+        require_same(2, member.name, now.to(before.dtype), before, what)
 
 
 def check_between_episodes(optimizer: GMixoutOptimizer, snapshot: Snapshot) -> None:
@@ -399,6 +387,13 @@ def bits(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor)
     size = tensor.element_size()
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+
+
+def require_same(invariant: int, name: str, now: Tensor, before: Tensor, what: str) -> None:
+    """Raise where bits differ; ``what`` may say ``{count}`` of ``{total}``."""
+    if not torch.equal(bits(now), bits(before)):  # counting takes longer
+        count = int((bits(now) != bits(before)).sum())
+        raise InvariantError(invariant, what.format(count=count, total=now.numel()), name, count)
 
 
 def off_s(member: Member, differs: Tensor) -> int:

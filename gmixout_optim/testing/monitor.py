@@ -15,7 +15,6 @@ from gmixout_optim.members import Member
 from gmixout_optim.testing.checks import (
     InvariantError,
     Snapshot,
-    bits,
     check_anchors,
     check_eval_weights,
     check_inactive,
@@ -24,6 +23,7 @@ from gmixout_optim.testing.checks import (
     far,
     index_sum,
     require,
+    require_same,
     see,
     take_snapshot,
 )
@@ -80,6 +80,13 @@ class InvariantMonitor:
         self._snapshot: Snapshot | None = None
         self._ending: dict[Member, _Ending] = {}
         self._steps = 0
+
+    @classmethod
+    def _of_one(cls, optimizer: GMixoutOptimizer, invariant: int) -> InvariantMonitor:
+        """Checks one invariant alone, after every step."""
+        monitor = cls(optimizer, every=1)
+        monitor._only = frozenset({invariant})
+        return monitor
 
     def start(self) -> None:
         """Begin to watch, as entering the context does; for callbacks."""
@@ -240,14 +247,8 @@ def _check_moved(optimizer: GMixoutOptimizer, member: Member, end: _Ending) -> N
         )
     kept = end.anchor if lam == 1 else end.value if lam == 0 else None
     if kept is not None and kept.dtype == moved.dtype:
-        count = int((bits(moved) != bits(kept)).sum())
-        if count:
-            raise InvariantError(
-                4,
-                f"{count} anchors are not exactly what anchor_decay={lam:g} leaves",
-                member.name,
-                count,
-            )
+        what = f"{{count}} anchors are not exactly what anchor_decay={lam:g} leaves"
+        require_same(4, member.name, moved, kept, what)
 
 
 def _followed(
