@@ -24,7 +24,7 @@ from gmixout_optim.index_sets import (
 )
 from gmixout_optim.rounding import NARROW
 
-Granularity = Literal["element", "row"] | int
+Granularity = Literal["element", "column", "row"] | int
 
 # Device and strides of a parameter.
 Placement = tuple[torch.device, tuple[int, ...]]
@@ -33,13 +33,19 @@ Placement = tuple[torch.device, tuple[int, ...]]
 # and torch's kernels want int64.
 _FEW_CELLS = 1 << 14
 
+# Columns are taken in blocks, so that memory is contiguous, of which so many remain: fewer and
+# larger ones learn less well (docs/method.md has the figures). With fewer columns than the least a
+# drawn set would be far from a share d of them.
+_WIDEST_BLOCK, _COLUMN_BLOCKS, _LEAST_COLUMNS = 16, 48, 32
+
 
 class Grid(NamedTuple):
     """The cells of a tensor, which is seen as (outer, cells, inner) and selected along the middle.
 
-    Elements have outer = inner = 1, blocks of b and rows outer = 1. Cells are numbered in row-major
-    order, and so are elements. *Packed* tensors hold the elements of some cells in the order
-    (outer, cell, inner), whatever the memory format.
+    Elements have outer = inner = 1, blocks of b and rows outer = 1. Columns are those of all rows:
+    outer is the number of rows, inner the size of the kernel times that of the block. Cells are
+    numbered in row-major order, and so are elements. *Packed* tensors hold the elements of some
+    cells in the order (outer, cell, inner), whatever the memory format.
 
     Attributes:
         shape, strides: the tensor's.
@@ -56,15 +62,18 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor, granularity: Granularity) -> Grid:
-        """The grid of a tensor; one that blocks do not divide falls back to elements."""
+        """The grid of a tensor; one that cells do not fit falls back to elements."""
         shape, numel = tensor.shape, tensor.numel()
+        outer, inner = 1, 1
         if granularity == "row":
-            cells = shape[0] if shape else 1
-            inner = numel // max(1, cells)
-        else:
-            inner = 1 if granularity == "element" or numel % granularity else granularity
-            cells = numel // inner
-        return cls(tuple(shape), tensor.stride(), tensor.is_contiguous(), 1, cells, inner)
+            inner = numel // max(1, shape[0] if shape else 1)
+        elif granularity == "column":
+            if len(shape) > 1 and shape[0] > 1 and shape[1] >= _LEAST_COLUMNS:
+                outer, inner = shape[0], column_block(shape[1]) * prod(shape[2:])
+        elif granularity != "element" and numel % granularity == 0:
+            inner = granularity
+        cells = numel // max(1, outer * inner)
+        return cls(tuple(shape), tensor.stride(), tensor.is_contiguous(), outer, cells, inner)
 
     @property
     def width(self) -> int:
@@ -139,6 +148,16 @@ class Grid(NamedTuple):
         return 1 + sum((size - 1) * stride for size, stride in sizes)
 
 
+def column_block(columns: int) -> int:
+    """How many columns make a cell: a power of two, the larger the wider the tensor."""
+    block = 1
+    while 2 * block <= _WIDEST_BLOCK and columns % (2 * block) == 0:
+        if columns // (2 * block) < _COLUMN_BLOCKS:
+            break
+        block *= 2
+    return block
+
+
 def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
     """Which storage a tensor lies in, and from where to where; None for none, or one with gaps."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
@@ -170,7 +189,7 @@ class Cells:
         param: the model's own parameter. What is read and written is fetched from it at each call,
             so it may move and, before it is trained, change its shape.
         number: its number in the optimizer, which selects its random stream.
-        granularity: ``"element"``, ``"row"`` or a number of consecutive elements.
+        granularity: ``"element"``, ``"column"``, ``"row"`` or a number of consecutive elements.
         mask_prob: p.
         sampler: how active cells are drawn.
     """
@@ -209,8 +228,13 @@ class Cells:
         return self._density if grid.cells else 1.0
 
     @property
+    def are_outputs(self) -> bool:
+        """Whether a cell holds all weights of an output: it moves by what they all do."""
+        return self.granularity == "row" and self.grid.inner > 1
+
+    @property
     def fell_back_to_elements(self) -> bool:
-        return isinstance(self.granularity, int) and self.granularity != self.grid.width
+        return self.granularity not in ("element", "row", 1) and self.grid.width == 1
 
     @property
     def local(self) -> Tensor:

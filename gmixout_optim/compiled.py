@@ -130,7 +130,11 @@ class Compiler:
         # were asked for, single elements are those of biases and the like, too few to be worth a
         # call.
         cells = member.cells
-        return bool(self.wanted) and cells.grid.width == 1 and cells.granularity != "row"
+        return (
+            bool(self.wanted)
+            and cells.grid.width == 1
+            and cells.granularity not in ("row", "column")
+        )
 
     def _form_of_step(self, member: Member) -> Hashable:
         """What compiled code depends on of a member with a gradient."""

@@ -96,7 +96,8 @@ class Member:
     @property
     def rate(self) -> float:
         """How many times its group's learning rate it trains with in the step that comes."""
-        return self.rates.at(self.cells.density, self.run.steps_in_episode)
+        cells = self.cells
+        return self.rates.at(cells.density, self.run.steps_in_episode, cells.are_outputs)
 
     @property
     def shown_group(self) -> dict[str, Any]:

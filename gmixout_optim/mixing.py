@@ -25,13 +25,16 @@ def gather(view: Tensor, index: Tensor) -> Tensor:
     # On a CPU take is the fastest gather of single elements, index_select of rows, each by 2x.
     if view.ndim == 1:
         return view.take(index.long())
-    return view.index_select(view.ndim - 2, index).view(-1)
+    view, index = _one_after_another(view, index)
+    return view.index_select(0, index).view(-1)
 
 
 def gather_gradient(view: Tensor, index: Tensor) -> Tensor:
     """:func:`gather` of a gradient. The sign of a zero may be lost."""
-    few = index.shape[0] < _MANY_CELLS
-    if few or view.ndim != 2 or view.dtype != torch.float32 or not view.is_cpu:
+    if view.ndim == 1 or view.dtype != torch.float32 or not view.is_cpu:
+        return gather(view, index)
+    view, index = _one_after_another(view, index)
+    if index.shape[0] < _MANY_CELLS:
         return gather(view, index)
     # Sums of bags of one cell: the only kernel that prefetches, 1.5x as fast for blocks of 16.
     bags = torch.arange(index.shape[0], dtype=index.dtype, device=index.device)
@@ -41,14 +44,25 @@ def gather_gradient(view: Tensor, index: Tensor) -> Tensor:
 def scatter_(view: Tensor, index: Tensor, packed: Tensor) -> None:
     """Write packed values (cast to the view's dtype) to the active cells of a view, in place."""
     cells = packed if packed.dtype == view.dtype else packed.to(view.dtype)
-    if view.ndim == 2:
+    if view.ndim > 1:
+        view, index = _one_after_another(view, index)
         cells = cells.view(-1, view.shape[1])
         # On a CPU index_copy_ takes time for each item, whatever its size.
         if index.shape[0] >= _MANY_CELLS and view.is_cpu and _in_words(view) and _in_words(cells):
             view, cells = view.view(torch.float64), cells.view(torch.float64)
-    elif view.ndim == 3:
-        cells = cells.view(view.shape[0], -1, view.shape[2])
-    view.index_copy_(max(0, view.ndim - 2), index.long(), cells)
+    view.index_copy_(0, index.long(), cells)
+
+
+def _one_after_another(view: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """A view of (outer, cells, inner), and an index of it, as (outer * cells, inner).
+
+    On a CPU torch moves the rows of a matrix twice as fast as slices along its middle.
+    """
+    if view.ndim == 2:
+        return view, index
+    outer, cells, inner = view.shape
+    start = torch.arange(0, outer * cells, cells, device=index.device)
+    return view.reshape(-1, inner), (start[:, None] + index).view(-1)
 
 
 def _in_words(rows: Tensor) -> bool:
@@ -61,14 +75,14 @@ def narrowed(packed: Tensor, dtype: torch.dtype, index: Tensor, dither: Dither |
     """Packed values rounded stochastically to ``dtype``; without a dither as they are."""
     if dither is None:
         return packed
-    in_cell = packed.shape[0] // max(1, index.shape[0])
-    cells = max(1, CPU_CHUNK // max(1, in_cell))
-    whole = torch.compiler.is_compiling() or not packed.is_cpu or dither.grid.outer > 1
-    if whole or index.shape[0] <= cells:
-        random = random_bits(dither.key, dither.grid.elements_at(index))
-        return stochastic_round(packed, dtype, random)
-    pieces = zip(torch.split(packed, cells * in_cell), torch.split(index, cells), strict=True)
-    return torch.cat([narrowed(some, dtype, at, dither) for some, at in pieces])
+    number = dither.grid.elements_at(index)
+    in_chunks = packed.is_cpu and not torch.compiler.is_compiling()
+    size = CPU_CHUNK if in_chunks else max(1, packed.shape[0])
+    pieces = [
+        stochastic_round(some, dtype, random_bits(dither.key, at))
+        for some, at in zip(torch.split(packed, size), torch.split(number, size), strict=True)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def model_values(anchor: Tensor, value: Tensor, scale: float) -> Tensor:

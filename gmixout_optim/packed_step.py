@@ -135,7 +135,7 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
 
 def by_options(members: list[Member]) -> Iterable[list[Member]]:
     """Members that the base steps with the same options: of one group, at one rate."""
-    return grouped(members, lambda member: (id(member.group), member.cells.density)).values()
+    return grouped(members, lambda member: (id(member.group), member.rate)).values()
 
 
 def options_of(base: Optimizer, member: Member) -> dict[str, Any]:

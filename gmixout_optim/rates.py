@@ -24,7 +24,9 @@ class Rates:
         warmup: steps of an episode over which the rate rises to the full one; 0 for none.
         resample_every: k.
         keeps_size: whether what is learned keeps its size (rescaling, the persistent residual, a
-            base with one rate for all), so that "auto" is 1 instead of 1 / d on the average.
+            base with one rate for all), so that "auto" is 1 on the average. Else it is 1 / d, with
+            which an output moves as far as in dense training; where all weights of an output are
+            active at once, it is 1 / sqrt(d).
     """
 
     lr_scale: float | Literal["auto"]
@@ -32,12 +34,17 @@ class Rates:
     resample_every: int | None
     keeps_size: bool
 
-    def at(self, density: float, steps_in_episode: int) -> float:
-        """The rate of the step that comes after so many in the episode, for drawn density d."""
+    def at(self, density: float, steps_in_episode: int, of_outputs: bool) -> float:
+        """The rate of the step that comes after so many in the episode.
+
+        Args:
+            density: d, as drawn.
+            of_outputs: whether all weights of an output are active at once.
+        """
         risen = min(1.0, (steps_in_episode + 1) / max(1, self.warmup))
         if self.lr_scale != "auto":
             return self.lr_scale * risen
-        average = 1.0 if self.keeps_size else 1 / density
+        average = 1.0 if self.keeps_size else density ** (-0.5 if of_outputs else -1.0)
         return average / self._mean_risen * risen
 
     @cached_property

@@ -162,11 +162,20 @@ def _note(layout: Layout, group: dict[str, Any], place: int, member: Member | No
     if member is None:
         return layout.members.reason_unmixed(group, place) or "added to the group from outside"
     if member.cells.fell_back_to_elements:
-        count, granularity = member.param.numel(), member.cells.granularity
-        return f"{count} elements are not a multiple of {granularity}: element-wise"
+        return f"{_why_not(member)}: element-wise"
     if not member.param.requires_grad:
         return "frozen"
     return "one cell: always active" if member.cells.grid.cells == 1 else ""
+
+
+def _why_not(member: Member) -> str:
+    """Why the cells that were asked for do not fit."""
+    shape, granularity = member.param.shape, member.cells.granularity
+    if granularity != "column":
+        return f"{shape.numel()} elements are not a multiple of {granularity}"
+    if len(shape) < 2 or shape[0] == 1:
+        return "has no columns"
+    return f"{shape[1]} columns are too few"
 
 
 def _drift(layout: Layout, member: Member) -> float | None:

@@ -156,12 +156,13 @@ def check_anchor_decay(value: Any) -> float:
 
 def check_granularity(value: Any) -> Granularity:
     if isinstance(value, str):
-        if value not in ("element", "row"):
+        if value not in ("element", "column", "row"):
             raise ValueError(
-                f"granularity must be 'element', 'row' or a number of elements, got {value!r}"
+                "granularity must be 'element', 'column', 'row' or a number of elements, got "
+                f"{value!r}"
             )
         return value  # type: ignore[return-value]
-    return _check_int("granularity", value, 1, ", 'element' or 'row'")
+    return _check_int("granularity", value, 1, ", 'element', 'column' or 'row'")
 
 
 def _check_lr_scale(value: Any) -> float | str:

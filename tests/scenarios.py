@@ -7,6 +7,7 @@ gradients depend on the live weights and a difference in one step feeds back int
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,10 @@ SHAPES: list[tuple[int, ...]] = [
     (1,),
     (),
     (0,),
+    # With columns, in blocks where there are many.
+    (3, 34),
+    (2, 96),
+    (2, 32, 2),
 ]
 MATRICES = [shape for shape in SHAPES if len(shape) == 2]
 
@@ -126,7 +131,7 @@ def scenarios(
     flags = st.booleans()
     probs = st.sampled_from(mask_probs)
     decays = st.sampled_from([0.3, 0.9, 0.0, 1.0])
-    granularities = st.sampled_from(["element", "row", 2, 3, 5, 1])
+    granularities = st.sampled_from(["element", "row", "column", 2, 3, 5, 1])
     layout = draw(st.sampled_from(layouts if case.elementwise else ("auto", "dense")))
     # A fused step walks parameter and gradient through memory side by side, whatever their strides.
     fused = bool(case.kwargs.get("fused"))
@@ -211,6 +216,11 @@ def drawn_density(
         return None
     if granularity == "row":
         cells = shape[0] if shape else 1
+    elif granularity == "column":
+        has_columns = len(shape) > 1 and shape[0] > 1 and shape[1] >= 32
+        blocks = [b for b in (2, 4, 8, 16) if has_columns and shape[1] % b == 0]
+        block = max([b for b in blocks if shape[1] / b >= 48], default=1)
+        cells = shape[1] // block if has_columns else numel
     else:
         width = 1 if granularity == "element" or numel % granularity else granularity
         cells = numel // width
@@ -270,17 +280,18 @@ class Trial:
                 lam = own.get("anchor_decay", settings["anchor_decay"])
                 granularity = own.get("granularity", settings["granularity"])
                 d = drawn_density(spec.shape, granularity, settings["sampler"], p)
-                mixes.append(Mix(d, lam, self._rate(d)))
+                in_rows = granularity == "row" and math.prod(spec.shape[1:]) > 1
+                mixes.append(Mix(d, lam, self._rate(d, in_rows)))
         return mixes
 
-    def _rate(self, d: float | None) -> float:
+    def _rate(self, d: float | None, in_rows: bool) -> float:
         settings = self.scenario.settings
         if d is None or self.scenario.case.name == "LBFGS":
             return 1.0
         if settings["lr_scale"] != "auto":
             return settings["lr_scale"]
         as_large = settings["rescale"] or settings["residual"] == "persistent"
-        average = 1.0 if as_large else 1 / d
+        average = 1.0 if as_large else 1 / math.sqrt(d) if in_rows else 1 / d
         k, w = settings["resample_every"], self.warmup
         if k is None or w == 0:
             return average

@@ -376,7 +376,7 @@ def test_training_loops_are_those_of_the_first_granularity() -> None:
         ("--density 0", "density must be a number in (0, 1], got '0'"),
         ("--density 0.1 1.5", "got '1.5'"),
         ("--density much", "got 'much'"),
-        ("--granularity column", "granularity must be 'element', 'row' or a number"),
+        ("--granularity columns", "granularity must be 'element', 'column', 'row' or a number"),
         ("--granularity 0", "granularity must be at least 1, "),
         ("--model vit", "model must be one of vit_b_16"),
         ("--model 10", "from 100 to 1e+12, got '10'"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from math import prod
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmixout_optim import mixing
-from gmixout_optim.cells import Cells, Grid
+from gmixout_optim import GMixoutOptimizer, mixing
+from gmixout_optim.cells import Cells, Grid, column_block
 from tests.scenarios import MEMORIES, SHAPES, TensorSpec
 
 
@@ -40,7 +41,7 @@ def test_addresses_are_of_the_elements_whatever_the_strides(data: st.DataObject)
     shape = data.draw(st.sampled_from([shape for shape in SHAPES if 0 not in shape]))
     spec = TensorSpec(shape, data.draw(st.sampled_from(MEMORIES)), "w")
     param = torch.nn.Parameter(spec.make(torch.arange(float(prod(shape))).view(shape)))
-    granularity = data.draw(st.sampled_from(["element", "row", 2, 3]))
+    granularity = data.draw(st.sampled_from(["element", "row", "column", 2, 3]))
     cells = Cells(param, 0, granularity, data.draw(st.sampled_from([0.5, 0.9])), "stratified")
     index = cells.draw(seed=1, episode=data.draw(st.integers(0, 9)))
     numbers = cells.grid.elements_at(index)
@@ -48,3 +49,58 @@ def test_addresses_are_of_the_elements_whatever_the_strides(data: st.DataObject)
     assert mixing.gather(cells.view(), index).tolist() == numbers.tolist()
     assert cells.mask(index).flatten().nonzero().flatten().tolist() == numbers.tolist()
     assert cells.density == cells.mask(index).double().mean()
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "columns"),
+    [
+        ((5, 384), 8, 48),
+        ((5, 768), 16, 48),
+        ((5, 4096), 16, 256),
+        ((5, 64), 1, 64),
+        ((5, 33), 1, 33),
+        ((5, 100), 2, 50),
+        ((5, 384, 3, 3), 8, 48),
+    ],
+)
+def test_columns_are_input_features_in_blocks(
+    shape: tuple[int, ...], block: int, columns: int
+) -> None:
+    """Of all outputs alike, and of a filter with the whole kernel."""
+    param = torch.nn.Parameter(torch.randn(shape))
+    optimizer = GMixoutOptimizer(torch.optim.SGD([param], lr=0.1), granularity="column")
+    for _ in range(3):
+        mask = optimizer.active_mask(param)
+        chosen = mask[0].reshape(columns, -1)
+        assert torch.equal(mask, mask[:1].expand(shape))
+        assert torch.equal(chosen.all(1), chosen.any(1))
+        assert int(chosen.any(1).sum()) == round(0.1 * columns)
+        optimizer.resample()
+    assert optimizer.report().tensors[0].width == param.numel() // columns
+
+
+@pytest.mark.parametrize(
+    ("shape", "note"),
+    [
+        ((8, 3, 16, 16), "3 columns are too few: element-wise"),
+        ((40, 1, 3, 3), "1 columns are too few: element-wise"),
+        ((40,), "has no columns: element-wise"),
+        ((1, 40), "has no columns: element-wise"),
+        ((40, 40), ""),
+    ],
+)
+def test_what_has_too_few_columns_falls_back_to_elements(shape: tuple[int, ...], note: str) -> None:
+    param = torch.nn.Parameter(torch.randn(shape))
+    optimizer = GMixoutOptimizer(torch.optim.SGD([param], lr=0.1), granularity="column")
+    (tensor,) = optimizer.report().tensors
+    assert tensor.note == note
+    assert (tensor.width == 1) == bool(note)
+
+
+@given(st.integers(1, 1 << 16))
+def test_blocks_divide_a_tensor_and_leave_enough_of_them(columns: int) -> None:
+    block = column_block(columns)
+    assert columns % block == 0
+    assert block in (1, 2, 4, 8, 16)
+    assert block == 1 or columns // block >= 48
+    assert block == 16 or columns % (2 * block) or columns // (2 * block) < 48

@@ -26,7 +26,7 @@ def run_settings() -> st.SearchStrategy[dict[str, Any]]:
             anchor_decay=st.sampled_from([0.0, 0.7, 1.0]),
             residual=st.sampled_from(["episodic", "persistent"]),
             rescale=st.booleans(),
-            granularity=st.sampled_from(["element", "row", 2]),
+            granularity=st.sampled_from(["element", "row", "column", 2]),
             sampler=st.sampled_from(["stratified", "bernoulli"]),
             layout=st.sampled_from(["auto", "dense"]),
             seed=st.integers(0, 2**63 - 1),

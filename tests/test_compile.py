@@ -313,9 +313,10 @@ def test_copies_pickles_and_new_groups_step_compiled() -> None:
     assert not torch.equal(more, torch.ones(40))
 
 
-def test_wide_cells_step_eagerly_on_a_cpu() -> None:
-    params = parameters()
-    take_steps(params[:2], adamw(params[:2], True, granularity="row"), 4)
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_wide_cells_step_eagerly_on_a_cpu(granularity: Any) -> None:
+    params = [nn.Parameter(torch.randn(shape)) for shape in [(6, 40), (40,)]]
+    take_steps(params, adamw(params, True, granularity=granularity), 4)
     assert graphs() == 0
 
 

@@ -133,10 +133,11 @@ def test_invariant_4_with_decay_0_an_episodes_end_moves_no_weight(scenario: Scen
     assert (ending.optimizer.episode, endless.optimizer.episode) == (1, 0)
 
 
-# Tensors of 48, 12, 7 and 1 weights under each granularity: (cells, width).
+# Tensors of shape (6, 8), (12,), (7,) and () under each granularity: (cells, width).
 GRIDS: dict[str | int, list[tuple[int, int]]] = {
     "element": [(48, 1), (12, 1), (7, 1), (1, 1)],
     "row": [(6, 8), (12, 1), (7, 1), (1, 1)],
+    "column": [(48, 1), (12, 1), (7, 1), (1, 1)],
     1: [(48, 1), (12, 1), (7, 1), (1, 1)],
     3: [(16, 3), (4, 3), (7, 1), (1, 1)],
     4: [(12, 4), (3, 4), (7, 1), (1, 1)],
@@ -334,7 +335,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("granularity", ["element", "row", 3])
+@pytest.mark.parametrize("granularity", ["element", "row", "column", 3])
 @pytest.mark.parametrize("layout", ["packed", "dense", "persistent"])
 def test_invariant_12_the_model_is_not_touched(
     layout: str, granularity: str | int, rescale: bool

@@ -179,3 +179,23 @@ def test_a_base_that_changes_its_rate_in_a_step_goes_on_from_it(mask_prob: float
     train(model, wrapped, range(4))
     assert read == [0.1 / (1 - mask_prob) / 2**step for step in range(4)]
     assert wrapped.param_groups[0]["lr"] == 0.1 / 2**4
+
+
+@pytest.mark.parametrize("layout", ["packed", "dense"])
+@pytest.mark.parametrize(("granularity", "power"), [("element", 1), ("column", 1), ("row", 0.5)])
+def test_rows_move_less_far_than_elements_and_columns(
+    layout: str, granularity: Any, power: float
+) -> None:
+    """All weights of an output move at once there: 1 / sqrt(d) instead of 1 / d."""
+    settings = dict(granularity=granularity, layout=layout, resample_every=None)
+    runs = []
+    for options in ({}, {"lr_scale": 10.0**power}):
+        params = [nn.Parameter(torch.ones(50, 50).double()), nn.Parameter(torch.ones(10).double())]
+        base = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.01)
+        optimizer = GMixoutOptimizer(base, **settings, **options)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        runs.append(params)
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    torch.testing.assert_close(runs[0][1].min(), torch.tensor(0.9).double())  # a vector: elements

@@ -63,7 +63,7 @@ def test_equals_dense_gradients_bit_for_bit(case: Case, data: st.DataObject) -> 
     settings = dict(
         layout="packed",
         mask_prob=draw(st.sampled_from([0.6, 0.9, 0.0])),
-        granularity=draw(st.sampled_from(["element", "row", 2, 3])),
+        granularity=draw(st.sampled_from(["element", "row", "column", 2, 3])),
         sampler=draw(st.sampled_from(["stratified", "bernoulli"])),
         rescale=draw(st.booleans()),
         stochastic_rounding=draw(st.booleans()),

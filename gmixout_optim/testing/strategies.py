@@ -47,7 +47,7 @@ def settings(
         "rescale": draw(st.booleans()),
         "lr_scale": draw(st.sampled_from(["auto", 1.0])),
         "episode_warmup": draw(st.sampled_from(["auto", 0, 2])),
-        "granularity": draw(st.sampled_from(["element", "row", 4])),
+        "granularity": draw(st.sampled_from(["element", "row", "column", 4])),
         "sampler": draw(st.sampled_from(["stratified", "bernoulli"])),
         "layout": draw(st.sampled_from(layouts)),
         "seed": draw(st.integers(0, 2**63 - 1)),
