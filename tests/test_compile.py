@@ -314,7 +314,7 @@ def test_copies_pickles_and_new_groups_step_compiled() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["row", "column"])
-def test_wide_cells_step_eagerly_on_a_cpu(granularity: Any) -> None:
+def test_wide_cells_step_eagerly_on_a_cpu(granularity: str) -> None:
     params = [nn.Parameter(torch.randn(shape)) for shape in [(6, 40), (40,)]]
     take_steps(params, adamw(params, True, granularity=granularity), 4)
     assert graphs() == 0
