@@ -107,6 +107,13 @@ class Grid(NamedTuple):
             offset = offset % self.strides[dim]
         return number
 
+    def cells_at(self, index: Tensor) -> Tensor:
+        """The numbers (int64) of the cells that an index of :meth:`address` addresses."""
+        if self.contiguous:
+            return index.long()
+        numbers = self.elements_at(index).view(self.outer, -1, self.inner)
+        return numbers[0, :, 0] // self.inner
+
     def size_at(self, index: Tensor) -> int:
         """How many elements an index of :meth:`address` addresses."""
         return index.shape[0] * (self.width if self.contiguous else 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import torch
@@ -63,6 +63,7 @@ class Member:
         rates: of all members.
         slot: what it keeps; None while it was never trained, and sits at its anchor.
         packs_gradients: whether backward packs its gradients.
+        gradient_kind: how its last gradient came to be: dense, packed, or computed actively.
         is_repeated: whether it is in its group more than once, and the base steps it as often.
         initial_state: of :func:`gmixout_optim.bases.initial_state`.
     """
@@ -74,6 +75,7 @@ class Member:
     rates: Rates
     slot: Slot | None = None
     packs_gradients: bool = False
+    gradient_kind: Literal["dense", "packed", "active"] = "dense"
     is_repeated: bool = False
     initial_state: dict[str, Any] | None = None
     _index: tuple[int, Grid, Tensor] | None = None

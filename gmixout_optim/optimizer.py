@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from gmixout_optim import settings
+from gmixout_optim.active_gradient import give_up_gradients
 from gmixout_optim.bases import Closure, has_rates
 from gmixout_optim.cells import Granularity
 from gmixout_optim.dense import DenseLayout
@@ -16,7 +17,6 @@ from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.index_sets import Sampler
 from gmixout_optim.members import Member, Members
 from gmixout_optim.packed import PackedLayout
-from gmixout_optim.packed_gradient import leave_gradients
 from gmixout_optim.param_groups import check_exclude
 from gmixout_optim.rates import Rates
 from gmixout_optim.wrapper import WrappingOptimizer, eagerly
@@ -164,14 +164,14 @@ class GMixoutOptimizer(WrappingOptimizer):
         members = Members(run, rates, patterns, defaults)
         mixed = members.find(base.param_groups)
         run.layout = settings.resolve_layout(base, run, [member.param for member in mixed])
-        packs_gradients = settings.check_grad_layout(run, grad_layout)
+        grad_layout = settings.check_grad_layout(run, grad_layout)
         warn_of_fresh_layers(mixed)
         self._wrap(
             PackedLayout(base, members, compile)
             if run.layout == "packed"
             else DenseLayout(base, members),
             mixed,
-            packs_gradients,
+            grad_layout,
         )
 
     @classmethod
@@ -211,7 +211,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         only_creates_state = closure is None and self._only_creates_state()
         with self._working_in_base():
             loss = self._layout.step(closure)
-        self._pack_gradients()
+        self._take_gradients()
         if only_creates_state:
             return loss
         self._run.steps_in_episode += 1
@@ -242,6 +242,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         with self._working_in_base():
             self._layout.reanchor()
             self._layout.begin_episode()
+        self._take_gradients()
 
     @eagerly
     def consolidate(self) -> None:
@@ -268,7 +269,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         self._members.release()
         for member in self._members:
             if member.packs_gradients:  # a further step has them packed again
-                leave_gradients(member.param)
+                give_up_gradients(member.param)
                 member.packs_gradients = False
         self._warn_of_kept(left, "consolidate()")
 

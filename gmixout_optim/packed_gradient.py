@@ -38,7 +38,7 @@ _SAME_KIND = {
 
 
 class PackedGradient(Tensor):
-    """A gradient that is zero off the active weights, made with ``grad_layout="packed"``.
+    """A gradient that is zero off the active weights, of ``grad_layout`` "packed" or "active".
 
     Shape, dtype and device are the parameter's. It holds the active values alone, and knows what
     training loops do with gradients: accumulate, scale, clip, zero, norms. Anything else raises a
@@ -145,6 +145,10 @@ class PackedGradient(Tensor):
                 return first._zero()
             if kind is _aten.add_ and not kwargs:
                 return first._accumulate(args[1])
+            if kind is _aten.copy_ and isinstance(args[1], cls):
+                return first._zero()._accumulate(args[1])
+            if kind is _aten.new_empty_strided:
+                return cls(torch.zeros_like(first.active), first._member, first, None)
             if _keeps_zeros(kind, args, kwargs):
                 if kind in _REDUCTIONS:
                     return func(_filled(kind, first.active), *args[1:], **kwargs)
@@ -154,12 +158,18 @@ class PackedGradient(Tensor):
                 if kind in _SAME_KIND:
                     values = func(first.active, *args[1:], **kwargs)
                     return cls(values, first._member, first, first.draw)
+        # Autograd adds up what several uses of a weight gave.
+        if kind is _aten.add and not kwargs:
+            ours, other = args if isinstance(first, cls) else args[::-1]
+            return ours.clone()._accumulate(other)
+        if kind is _aten.add_ and not kwargs:
+            return first.add_(args[1].dense())
         raise RuntimeError(
             f"{func} is not defined for a packed gradient, which a GMixoutOptimizer with "
-            "grad_layout='packed' made and which holds active weights only: read its .active, or "
-            ".dense() for zeros elsewhere; for another optimizer call zero_grad() first. Where "
-            "something else owns the gradients, as the reducer of DistributedDataParallel does, or "
-            "differentiates through them, use grad_layout='dense'"
+            "grad_layout='packed' or 'active' made and which holds active weights only: read its "
+            ".active, or .dense() for zeros elsewhere; for another optimizer call zero_grad() "
+            "first. Where something else owns the gradients, as the reducer of "
+            "DistributedDataParallel does, or differentiates through them, use grad_layout='dense'"
         )
 
     def _zero(self) -> PackedGradient:
@@ -169,17 +179,32 @@ class PackedGradient(Tensor):
 
     def _accumulate(self, other: Tensor) -> PackedGradient:
         """What backward does with a gradient where there is one."""
-        member = self._owner()
-        if type(other) is not Tensor or other.shape != self.shape:
-            raise RuntimeError("only a dense gradient can be added to a packed gradient")
-        if self.draw not in (None, member.run.draws):
-            return self  # of an episode that has ended: a step with it is refused
-        more = _active_part(member, other)
-        if self.draw is None:
-            self.active, self.draw = more.to(self.dtype), member.run.draws
+        if type(other) not in (Tensor, PackedGradient) or other.shape != self.shape:
+            raise RuntimeError("only a gradient of its parameter can be added to a packed gradient")
+        if isinstance(other, PackedGradient):
+            more, draw = other.active, other.draw
         else:
-            self._current().add_(more)
+            member = self._owner()
+            if self.draw not in (None, member.run.draws):
+                return self  # of an episode that has ended: a step with it is refused
+            more, draw = _active_part(member, other), member.run.draws
+        if draw is None:
+            return self
+        if self.draw is None:
+            self.active, self.draw = more.to(self.dtype, copy=True), draw
+        elif self.draw == draw:
+            self.active.add_(more)
+        else:
+            self.draw = min(self.draw, draw)  # the one that has ended
         return self
+
+
+def accumulate(param: Tensor, grad: PackedGradient) -> None:
+    """What backward does with the gradient of a parameter."""
+    if param.grad is None:
+        param.grad = grad
+    else:
+        param.grad.add_(grad)
 
 
 def _active_part(member: Member, grad: Tensor) -> Tensor:
@@ -230,6 +255,7 @@ def pack_gradients(member: Member) -> None:
         grad, member = param.grad, owner()
         if grad is not None and member is not None and _can_be_packed(grad):
             param.grad = PackedGradient(_active_part(member, grad), owner, param, member.run.draws)
+            member.gradient_kind = "packed"
 
     handle = member.param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]
     key = id(member.param)

@@ -28,7 +28,7 @@ from gmixout_optim.warn import warn
 
 ResidualName = Literal["episodic", "persistent"]
 LayoutName = Literal["auto", "packed", "dense"]
-GradLayout = Literal["dense", "packed"]
+GradLayout = Literal["dense", "packed", "active"]
 
 # Under this name state and groups hold what is the wrapper's: tensors in the state and scalars in
 # the groups, so that tools which know torch's format (torch.distributed.checkpoint) keep them.
@@ -332,19 +332,19 @@ def _check_base_can_mix(base: Optimizer, run: Run) -> None:
         raise ValueError(f"base={name} cannot train mixed parameters: {REFUSED[kind]}")
 
 
-def check_grad_layout(run: Run, value: Any) -> bool:
-    """Whether gradients are packed; raise where an argument does not fit the layout."""
-    packed: bool = _check_choice("grad_layout", value, get_args(GradLayout)) == "packed"
+def check_grad_layout(run: Run, value: Any) -> GradLayout:
+    """Raise where an argument does not fit the layout."""
+    grad_layout: GradLayout = _check_choice("grad_layout", value, get_args(GradLayout))
     if run.layout == "packed":
-        return packed
+        return grad_layout
     reason = (
         "residual='persistent' works on whole tensors"
         if run.residual == "persistent"
         else f"base={run.base} works on whole tensors here (layout='dense')"
     )
-    if packed:
+    if grad_layout != "dense":
         raise ValueError(
-            f"grad_layout='packed' needs layout='packed': {reason}, and so it needs whole "
+            f"grad_layout={grad_layout!r} needs layout='packed': {reason}, and so it needs whole "
             "gradients; use grad_layout='dense'"
         )
     if run.stochastic_rounding:
@@ -352,7 +352,7 @@ def check_grad_layout(run: Run, value: Any) -> bool:
             f"stochastic_rounding=True needs layout='packed': {reason}, in the parameters' own "
             "dtype, and there is nothing to round; use stochastic_rounding=False"
         )
-    return packed
+    return grad_layout
 
 
 def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import checkpoint, settings
+from gmixout_optim.active_gradient import give_up_gradients, take_gradients
 from gmixout_optim.bases import guard, initial_state
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, parameters
-from gmixout_optim.packed_gradient import leave_gradients, pack_gradients
 from gmixout_optim.report import Report, make_report
 from gmixout_optim.warn import warn
 
@@ -68,12 +68,12 @@ class WrappingOptimizer(Optimizer):
             settings.check_base(args[0], WrappingOptimizer)
         return super().__new__(cls)
 
-    def _wrap(self, layout: Layout, mixed: list[Member], packs_gradients: bool) -> None:
+    def _wrap(self, layout: Layout, mixed: list[Member], grad_layout: settings.GradLayout) -> None:
         self.base = base = layout.base
         self._layout = layout
         self._members: Members = layout.members
         self._run = layout.members.run
-        self._packs_gradients = packs_gradients
+        self._grad_layout = grad_layout
         self._is_busy = False
         self._open_blocks = 0
         self._warned: set[str] = set()
@@ -246,6 +246,7 @@ class WrappingOptimizer(Optimizer):
                 state_dict = state_dict if changed is None else changed
         checkpoint.take_state_dict(self._layout, state_dict)
         self._members.release()  # until the next step: what they held is given up
+        self._take_gradients()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -276,7 +277,7 @@ class WrappingOptimizer(Optimizer):
         for member in self._members:
             if member.packs_gradients:
                 member.packs_gradients = False
-                pack_gradients(member)
+                take_gradients(member, self._grad_layout == "active")
 
     def __repr__(self) -> str:
         run = self._run
@@ -314,14 +315,14 @@ class WrappingOptimizer(Optimizer):
         for group in groups:
             for param in group["params"]:
                 if not self._members.is_held_elsewhere(param):
-                    leave_gradients(param)
-        self._pack_gradients()
+                    give_up_gradients(param)
+        self._take_gradients()
 
-    def _pack_gradients(self) -> None:
-        """Have backward pack gradients, also after thawing and consolidate()."""
-        if self._packs_gradients:
+    def _take_gradients(self) -> None:
+        """Have backward make the gradients wanted, also after thawing, consolidate(), a redraw."""
+        if self._grad_layout != "dense":
             for member in self._members:
-                pack_gradients(member)
+                take_gradients(member, self._grad_layout == "active")
 
     def _next_episode(self, keep_foreign: bool = False) -> list[Member]:
         """End the episode and begin the next; returns the members that were left as they are."""
@@ -330,6 +331,7 @@ class WrappingOptimizer(Optimizer):
         with self._working_in_base():
             left, moved = self._layout.end_episode(keep_foreign)
             self._layout.begin_episode()
+        self._take_gradients()
         self._warn_of_mixed(moved)
         for hook in list(self._resample_hooks.values()):
             hook(self)

@@ -1,0 +1,191 @@
+"""Layers whose backward computes the gradient of the active rows or columns of a weight alone.
+
+The gradients of input and bias are the ordinary ones. Each :class:`torch.autograd.Function` takes,
+beside the arguments of its functional, which have one dtype:
+
+- ``columns``: the active columns of the input, which are saved in place of it; None where rows are
+  active.
+- ``positions``: int64, the active rows or columns of the weight.
+- ``deliver`` and ``draw``: ``deliver(active, weight, draw)`` makes the weight's gradient from its
+  active part, of shape (rows, ...) or (outputs, columns, ...). ``draw`` (0-d int64, on the CPU) is
+  saved like a tensor of the layer, so that what checkpointing computes again comes with its own.
+- ``leaf``: in compiled code, where ``deliver`` is None, the tensor whose gradient is the active
+  part. The weight has none then.
+
+A backward that is differentiated itself (``create_graph=True``) makes a dense gradient: the whole
+one with rows; with columns what was saved allows no more than zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_aten = torch.ops.aten
+
+
+class ActiveLinear(Function):
+    """:func:`torch.nn.functional.linear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        columns: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        positions: Tensor,
+        leaf: Tensor | None,
+        deliver: Any,
+        draw: Tensor | None,
+    ) -> Tensor:
+        _remember(ctx, columns, bias, leaf, deliver)
+        ctx.save_for_backward(input if columns is None else columns, weight, positions, draw)
+        output: Tensor = _aten.linear(input, weight, bias)
+        # In-place operations on a view that was made in here would raise.
+        output = _aten._unsafe_view(output, output.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved, weight, positions, draw = ctx.saved_tensors
+        of_input = grad.matmul(weight) if ctx.needs_input_grad[0] else None
+        grad = grad.reshape(-1, grad.shape[-1])
+        of_bias = grad.sum(0) if ctx.has_bias else None
+        if ctx.by_rows and not _is_differentiated(ctx):
+            grad = grad.index_select(1, positions)
+        active = grad.t().mm(saved.reshape(-1, saved.shape[-1]))
+        of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
+        return of_input, None, of_weight, of_bias, None, of_leaf, None, None
+
+
+class ActiveConvolution(Function):
+    """:func:`torch.nn.functional.conv1d`, ``conv2d`` and ``conv3d``, with one group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        columns: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        positions: Tensor,
+        leaf: Tensor | None,
+        deliver: Any,
+        draw: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+    ) -> Tensor:
+        _remember(ctx, columns, bias, leaf, deliver)
+        ctx.form = stride, padding, dilation, False, [0] * len(stride), 1
+        ctx.input_shape = input.shape
+        ctx.save_for_backward(input if columns is None else columns, weight, positions, draw)
+        output: Tensor = _aten.convolution(input, weight, bias, *ctx.form)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved, weight, positions, draw = ctx.saved_tensors
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            of_input = _gradient_of_input(ctx, grad, weight)
+        dims = [dim for dim in range(grad.ndim) if dim != 1]
+        of_bias = grad.sum(dims) if ctx.has_bias else None
+        if ctx.by_rows and not _is_differentiated(ctx):
+            grad = grad.index_select(1, positions)
+        filters = grad.new_zeros(grad.shape[1], saved.shape[1], *weight.shape[2:])  # not read
+        wanted = [False, True, False]
+        active = _aten.convolution_backward(grad, saved, filters, None, *ctx.form, wanted)[1]
+        of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
+        return of_input, None, of_weight, of_bias, None, of_leaf, *[None] * 5
+
+
+class ActiveEmbedding(Function):
+    """:func:`torch.nn.functional.embedding`; ``by_rows`` says whether ``positions`` are rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int,
+        positions: Tensor,
+        leaf: Tensor | None,
+        deliver: Any,
+        draw: Tensor | None,
+        by_rows: bool,
+    ) -> Tensor:
+        _remember(ctx, None if by_rows else input, None, leaf, deliver)
+        ctx.padding_idx = padding_idx
+        ctx.save_for_backward(input, weight, positions, draw)
+        output: Tensor = _aten.embedding(weight, input, padding_idx)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        input, weight, positions, draw = ctx.saved_tensors
+        rows, width = weight.shape
+        if _is_differentiated(ctx):
+            whole = _aten.embedding_dense_backward(grad, input, rows, ctx.padding_idx, False)
+            return None, whole, *[None] * 6
+        input, grad = input.reshape(-1), grad.reshape(-1, width)
+        kept = input != ctx.padding_idx
+        if ctx.by_rows:
+            # Where each row goes; what is not active goes to one more row, which is dropped.
+            count = positions.shape[0]
+            places = torch.full((rows,), count, device=grad.device)
+            places = places.index_copy(0, positions, torch.arange(count, device=grad.device))
+            places = torch.where(kept, places[input], count)
+            active = grad.new_zeros(count + 1, width).index_add(0, places, grad)[:count]
+        else:
+            grad = grad.index_select(1, positions) * kept[:, None]
+            active = grad.new_zeros(rows, positions.shape[0]).index_add(0, input, grad)
+        of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
+        return None, of_weight, None, None, of_leaf, None, None, None
+
+
+def _remember(
+    ctx: Any, columns: Tensor | None, bias: Tensor | None, leaf: Tensor | None, deliver: Any
+) -> None:
+    ctx.by_rows, ctx.has_bias, ctx.deliver = columns is None, bias is not None, deliver
+    ctx.leaf_dtype = None if leaf is None else leaf.dtype
+
+
+def _is_differentiated(ctx: Any) -> bool:
+    """Whether somebody differentiates through the backward pass."""
+    return ctx.deliver is not None and torch.is_grad_enabled()
+
+
+def _delivered(
+    ctx: Any, active: Tensor, weight: Tensor, positions: Tensor, draw: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and leaf."""
+    if ctx.deliver is None:
+        return None, active.to(ctx.leaf_dtype)
+    if not _is_differentiated(ctx):
+        return ctx.deliver(active, weight, draw), None
+    if not ctx.by_rows:
+        active = active.new_zeros(weight.shape).index_copy(1, positions, active)
+    return active, None
+
+
+def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
+    """Of a convolution, whose input was not saved."""
+    stride, padding, *_ = ctx.form
+    of_input: Tensor
+    if weight[0, 0].numel() == 1 and {*stride} == {1} and {*padding} == {0}:
+        if grad.is_contiguous():  # a product of matrices takes down to half the time
+            matrix = weight.flatten(1).t()
+            of_input = matrix.expand(grad.shape[0], *matrix.shape).bmm(grad.flatten(2))
+            return of_input.view(ctx.input_shape)
+    # Only the input's shape is read. On a CPU it would be copied if it were expanded.
+    like = grad.new_zeros(1).expand(ctx.input_shape)
+    if grad.is_cpu and not _is_differentiated(ctx):
+        like = grad.new_empty(ctx.input_shape)
+    wanted = [True, False, False]
+    of_input = _aten.convolution_backward(grad, like, weight, None, *ctx.form, wanted)[0]
+    return of_input

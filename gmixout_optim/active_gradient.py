@@ -1,0 +1,344 @@
+"""Gradients that backward computes for the active rows or columns alone: ``grad_layout="active"``.
+
+While a parameter is marked, the functionals that use weights (``F.linear``, ``F.conv1d`` and so on)
+are wrapped: called with a marked weight they go through
+:mod:`gmixout_optim.active_functions`, with any other they are what they were. Modules and
+Parameters stay as they are. Whatever uses a weight in another way has a dense gradient, which is
+packed afterwards.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from threading import RLock
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gmixout_optim.active_functions import ActiveConvolution, ActiveEmbedding, ActiveLinear
+from gmixout_optim.cells import Cells
+from gmixout_optim.members import Member
+from gmixout_optim.packed_gradient import (
+    PackedGradient,
+    accumulate,
+    leave_gradients,
+    pack_gradients,
+)
+
+# The attribute of a Parameter that holds its mark. A dict keyed by Parameter would not do:
+# torch.compile does not guard on the identity of a tensor.
+_MARK = "_gmixout_active"
+
+# Of a layer's product: below, calling the functions takes longer than they save. Measured on CPUs
+# (docs/performance.md).
+LEAST_MULTIPLY_ADDS = 1 << 22
+
+
+class Mark:
+    """What a marked weight's gradient is computed for. There is a new one for each draw.
+
+    Attributes:
+        by_rows: whether rows are active, or columns.
+        positions: int64, which ones.
+        leaf: takes the gradient in compiled code, which a tensor subclass would not pass; without
+            memory of its own.
+        draw: the draw, 0-d on the CPU.
+    """
+
+    def __init__(self, member: Member, by_rows: bool) -> None:
+        cells = member.cells
+        grid, device = cells.grid, cells.local.device
+        index = member.index()
+        chosen = grid.cells_at(index)
+        self.by_rows = by_rows
+        self.number = member.run.draws
+        self.member = weakref.ref(member)
+        self.draw = torch.tensor(self.number, device="cpu")
+        if by_rows:
+            self.positions = chosen
+            shape = (chosen.shape[0], *grid.shape[1:])
+        else:
+            block = grid.shape[1] // grid.cells
+            inside = torch.arange(block, device=device)
+            self.positions = (chosen[:, None] * block + inside).flatten()
+            shape = (grid.shape[0], self.positions.shape[0], *grid.shape[2:])
+        leaf = torch.empty(1, dtype=cells.local.dtype, device=device).expand(shape)
+        self.leaf = leaf.detach().requires_grad_()
+        hook = partial(_receive, member=self.member, draw=self.draw)  # no cycle through the mark
+        self.leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def fits(self, member: Member) -> bool:
+        cells = member.cells
+        return (
+            self.member() is member
+            and self.number == member.run.draws
+            and (self.leaf.device, self.leaf.dtype) == (cells.local.device, cells.local.dtype)
+        )
+
+    def deliver(self, active: Tensor, like: Tensor, draw: Tensor) -> PackedGradient:
+        """The gradient of a weight with the shape and strides of ``like``."""
+        return _packed(active, self.member, like, draw)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Somebody pickles or copies the parameter; torch.load(weights_only=True) knows this type.
+        return torch.Size, ()
+
+
+def _packed(
+    active: Tensor, member: weakref.ref[Member], like: Tensor, draw: Tensor
+) -> PackedGradient:
+    owner = member()
+    if owner is not None:
+        owner.gradient_kind = "active"
+    return PackedGradient(active.reshape(-1), member, like, int(draw))
+
+
+def _receive(leaf: Tensor, *, member: weakref.ref[Member], draw: Tensor) -> None:
+    """What compiled code gave the leaf goes to the parameter."""
+    grad, leaf.grad = leaf.grad, None
+    owner = member()
+    if owner is not None and grad is not None:
+        accumulate(owner.param, _packed(grad, member, owner.param, draw))
+
+
+# The marked parameters, by id.
+_marked: dict[int, weakref.finalize[..., Any]] = {}
+_lock = RLock()
+
+
+def take_gradients(member: Member, active: bool) -> None:
+    """From the next forward pass on the parameter's gradients are packed, or ``active``."""
+    pack_gradients(member)
+    if not active or not member.packs_gradients:
+        return
+    mark = getattr(member.param, _MARK, None)
+    by_rows = _is_by_rows(member.cells)
+    if by_rows is None or (isinstance(mark, Mark) and mark.fits(member)):
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        setattr(member.param, _MARK, Mark(member, by_rows))
+    key = id(member.param)
+    with _lock:
+        if key not in _marked:
+            if not _marked:
+                _wrap_functionals()
+            _marked[key] = weakref.finalize(member, _unmark, member.param)
+
+
+def give_up_gradients(param: Tensor) -> None:
+    """Let ``param.grad`` be what backward makes of it, whichever optimizer took it."""
+    leave_gradients(param)
+    _unmark(param)
+
+
+def _unmark(param: Tensor) -> None:
+    with _lock:
+        finalizer = _marked.pop(id(param), None)
+        if finalizer is None:
+            return
+        finalizer.detach()
+        if hasattr(param, _MARK):
+            delattr(param, _MARK)
+        if not _marked:
+            _unwrap_functionals()
+
+
+def _is_by_rows(cells: Cells) -> bool | None:
+    """Whether whole rows of a matrix or filter are active; None where not even columns are."""
+    grid = cells.grid
+    if len(grid.shape) < 2:
+        return None
+    if grid.outer > 1:
+        return False
+    return True if cells.are_outputs else None
+
+
+def _mark_of(input: Any, weight: Any, multiply_adds: Callable[[], int]) -> Mark | None:
+    """The mark of a weight whose gradient is to be computed actively in this call."""
+    if type(weight) is not nn.Parameter:
+        return None
+    mark = getattr(weight, _MARK, None)
+    if type(mark) is not Mark or not torch.is_grad_enabled() or not weight.requires_grad:
+        return None
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return None
+    elif not _is_plain(input) or not _is_eager() or not _is_of(mark, weight):
+        return None
+    if DistributedDataParallel._active_ddp_module is not None:
+        raise RuntimeError(
+            "grad_layout='active' does not work with DistributedDataParallel, whose reducer needs "
+            "whole gradients: use grad_layout='dense'"
+        )
+    if mark.positions.device != weight.device or multiply_adds() < LEAST_MULTIPLY_ADDS:
+        return None
+    return mark
+
+
+def _is_plain(input: Any) -> bool:
+    return type(input) is Tensor or type(input) is nn.Parameter
+
+
+def _is_eager() -> bool:
+    """Not inside a transform of torch.func, forward-mode autograd, or a trace."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _is_of(mark: Mark, weight: Tensor) -> bool:
+    """A shallow copy of a parameter has the same mark."""
+    member = mark.member()
+    return member is not None and member.param is weight
+
+
+def _dtype_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """The dtype of the product; None where the functional is to complain of what it is given."""
+    device, dtypes = input.device.type, {input.dtype, weight.dtype}
+    if bias is not None:
+        dtypes.add(bias.dtype)
+    if not torch.is_autocast_enabled(device):
+        return input.dtype if len(dtypes) == 1 else None
+    fits = torch.float64 not in dtypes and all(dtype.is_floating_point for dtype in dtypes)
+    return torch.get_autocast_dtype(device) if fits else None
+
+
+def _arguments(mark: Mark, weight: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """The weight, and positions, leaf, deliver and draw of the functions."""
+    if torch.compiler.is_compiling():  # the gradient goes to the leaf
+        return weight.detach(), (mark.positions, mark.leaf, None, None)
+    return weight, (mark.positions, None, mark.deliver, mark.draw)
+
+
+def _wrapped_linear(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(original)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        mark = _mark_of(input, weight, lambda: input.numel() * weight.shape[0])
+        dtype = None if mark is None else _dtype_of(input, weight, bias)
+        if mark is None or dtype is None:
+            return original(input, weight, bias)
+        input = input.to(dtype)
+        columns = None if mark.by_rows else input.index_select(-1, mark.positions)
+        weight, ends = _arguments(mark, weight)
+        bias = None if bias is None else bias.to(dtype)
+        output: Tensor = ActiveLinear.apply(input, columns, weight.to(dtype), bias, *ends)  # type: ignore[no-untyped-call]
+        return output
+
+    return linear
+
+
+def _wrapped_conv(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(original)
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        def usual() -> Tensor:
+            return original(input, weight, bias, stride, padding, dilation, groups)
+
+        if groups != 1 or isinstance(padding, str) or type(weight) is not nn.Parameter:
+            return usual()
+        dims = weight.ndim - 2
+        steps = [stride] * dims if isinstance(stride, int) else list(stride)
+        mark = None
+        if len(steps) == dims and input.ndim == weight.ndim:
+            outputs = input[0, 0].numel() // torch.Size(steps).numel() * input.shape[0]
+            mark = _mark_of(input, weight, lambda: outputs * weight.numel())
+        dtype = None if mark is None else _dtype_of(input, weight, bias)
+        if mark is None or dtype is None:
+            return usual()
+        input = input.to(dtype)
+        pads = [padding] * dims if isinstance(padding, int) else list(padding)
+        gaps = [dilation] * dims if isinstance(dilation, int) else list(dilation)
+        columns = None if mark.by_rows else input.index_select(1, mark.positions)
+        weight, ends = _arguments(mark, weight)
+        bias = None if bias is None else bias.to(dtype)
+        output: Tensor = ActiveConvolution.apply(  # type: ignore[no-untyped-call]
+            input, columns, weight.to(dtype), bias, *ends, steps, pads, gaps
+        )
+        return output
+
+    return conv
+
+
+def _wrapped_embedding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(original)
+    def embedding(
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        mark = None
+        if max_norm is None and not scale_grad_by_freq and not sparse:
+            # A dense gradient is as large as the weight, however few the tokens.
+            mark = _mark_of(input, weight, lambda: weight.numel())
+        if mark is None or not -weight.shape[0] <= (padding_idx or 0) < weight.shape[0]:
+            return original(
+                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+            )
+        padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+        weight, ends = _arguments(mark, weight)
+        output: Tensor = ActiveEmbedding.apply(input, weight, padding, *ends, mark.by_rows)  # type: ignore[no-untyped-call]
+        return output
+
+    return embedding
+
+
+def _wrapped_script(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def script(obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(obj, nn.Module):
+            raise RuntimeError(
+                "torch.jit.script() cannot compile modules while a GMixoutOptimizer with "
+                "grad_layout='active' is alive, which wraps the functionals that they call: script "
+                "the model before, or call consolidate() first, or use grad_layout='packed'"
+            )
+        return original(obj, *args, **kwargs)
+
+    return script
+
+
+# What is wrapped: module, name, how.
+_FUNCTIONALS: list[tuple[Any, str, Callable[[Any], Any]]] = [
+    (F, "linear", _wrapped_linear),
+    (F, "conv1d", _wrapped_conv),
+    (F, "conv2d", _wrapped_conv),
+    (F, "conv3d", _wrapped_conv),
+    (F, "embedding", _wrapped_embedding),
+    (torch.jit, "script", _wrapped_script),
+]
+
+# Of each what was there before, and what is there now.
+_in_place: list[tuple[Any, str, Any, Any]] = []
+
+
+def _wrap_functionals() -> None:
+    for module, name, wrap in _FUNCTIONALS:
+        original = getattr(module, name)
+        wrapper = wrap(original)
+        setattr(module, name, wrapper)
+        _in_place.append((module, name, original, wrapper))
+
+
+def _unwrap_functionals() -> None:
+    for module, name, original, wrapper in _in_place:
+        # Somebody else's wrapper around ours keeps ours, which does nothing without marks.
+        if getattr(module, name) is wrapper:
+            setattr(module, name, original)
+    _in_place.clear()
