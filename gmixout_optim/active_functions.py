@@ -97,9 +97,7 @@ class ActiveConvolution(Function):
         of_bias = grad.sum(dims) if ctx.has_bias else None
         if ctx.by_rows and not _is_differentiated(ctx):
             grad = grad.index_select(1, positions)
-        filters = grad.new_zeros(grad.shape[1], saved.shape[1], *weight.shape[2:])  # not read
-        wanted = [False, True, False]
-        active = _aten.convolution_backward(grad, saved, filters, None, *ctx.form, wanted)[1]
+        active = _gradient_of_filters(ctx, grad, saved, weight)
         of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
         return of_input, None, of_weight, of_bias, None, of_leaf, *[None] * 5
 
@@ -175,17 +173,46 @@ def _delivered(
 
 def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
     """Of a convolution, whose input was not saved."""
-    stride, padding, *_ = ctx.form
     of_input: Tensor
-    if weight[0, 0].numel() == 1 and {*stride} == {1} and {*padding} == {0}:
-        if grad.is_contiguous():  # a product of matrices takes down to half the time
-            matrix = weight.flatten(1).t()
-            of_input = matrix.expand(grad.shape[0], *matrix.shape).bmm(grad.flatten(2))
-            return of_input.view(ctx.input_shape)
+    shape = ctx.input_shape
+    if _is_pointwise(ctx, grad, weight):
+        matrix = weight.flatten(1).t()
+        product = matrix.expand(grad.shape[0], *matrix.shape).bmm(grad.flatten(2))
+        product = product.view(shape[0], shape[1], *grad.shape[2:])
+        if product.shape == shape:
+            return product
+        of_input = grad.new_zeros(shape)
+        of_input[_seen(ctx)] = product
+        return of_input
     # Only the input's shape is read. On a CPU it would be copied if it were expanded.
-    like = grad.new_zeros(1).expand(ctx.input_shape)
+    like = grad.new_zeros(1).expand(shape)
     if grad.is_cpu and not _is_differentiated(ctx):
-        like = grad.new_empty(ctx.input_shape)
+        like = grad.new_empty(shape)
     wanted = [True, False, False]
     of_input = _aten.convolution_backward(grad, like, weight, None, *ctx.form, wanted)[0]
     return of_input
+
+
+def _gradient_of_filters(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Of those outputs and input channels that are given."""
+    kernel = weight.shape[2:]
+    if _is_pointwise(ctx, grad, weight) and input.is_contiguous():
+        product = grad.flatten(2).bmm(input[_seen(ctx)].flatten(2).transpose(1, 2))
+        return product.sum(0).view(*product.shape[1:], *kernel)
+    filters = grad.new_zeros(grad.shape[1], input.shape[1], *kernel)  # not read
+    wanted = [False, True, False]
+    of_filters: Tensor = _aten.convolution_backward(grad, input, filters, None, *ctx.form, wanted)[
+        1
+    ]
+    return of_filters
+
+
+def _is_pointwise(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution is a product of matrices, which takes a half of the time or less."""
+    _, padding, *_ = ctx.form
+    return weight[0, 0].numel() == 1 and not any(padding) and grad.is_contiguous()
+
+
+def _seen(ctx: Any) -> tuple[Any, ...]:
+    """What of its input a pointwise convolution sees."""
+    return (..., *(slice(None, None, step) for step in ctx.form[0]))

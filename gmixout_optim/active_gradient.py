@@ -45,6 +45,7 @@ class Mark:
     Attributes:
         by_rows: whether rows are active, or columns.
         positions: int64, which ones.
+        blocks, block: int64, the blocks of so many columns that these are.
         leaf: takes the gradient in compiled code, which a tensor subclass would not pass; without
             memory of its own.
         draw: the draw, 0-d on the CPU.
@@ -59,13 +60,14 @@ class Mark:
         self.number = member.run.draws
         self.member = weakref.ref(member)
         self.draw = torch.tensor(self.number, device="cpu")
+        self.blocks, self.block = chosen, 1
         if by_rows:
             self.positions = chosen
             shape = (chosen.shape[0], *grid.shape[1:])
         else:
-            block = grid.shape[1] // grid.cells
-            inside = torch.arange(block, device=device)
-            self.positions = (chosen[:, None] * block + inside).flatten()
+            self.block = grid.shape[1] // grid.cells
+            inside = torch.arange(self.block, device=device)
+            self.positions = (chosen[:, None] * self.block + inside).flatten()
             shape = (grid.shape[0], self.positions.shape[0], *grid.shape[2:])
         leaf = torch.empty(1, dtype=cells.local.dtype, device=device).expand(shape)
         self.leaf = leaf.detach().requires_grad_()
@@ -79,6 +81,11 @@ class Mark:
             and self.number == member.run.draws
             and (self.leaf.device, self.leaf.dtype) == (cells.local.device, cells.local.dtype)
         )
+
+    def columns_of(self, input: Tensor) -> Tensor:
+        """The active columns of an input, which are its last dimension."""
+        blocks = input.reshape(*input.shape[:-1], -1, self.block)
+        return blocks.index_select(-2, self.blocks).flatten(-2)
 
     def deliver(self, active: Tensor, like: Tensor, draw: Tensor) -> PackedGradient:
         """The gradient of a weight with the shape and strides of ``like``."""
@@ -225,7 +232,7 @@ def _wrapped_linear(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if mark is None or dtype is None:
             return original(input, weight, bias)
         input = input.to(dtype)
-        columns = None if mark.by_rows else input.index_select(-1, mark.positions)
+        columns = None if mark.by_rows else mark.columns_of(input)
         weight, ends = _arguments(mark, weight)
         bias = None if bias is None else bias.to(dtype)
         output: Tensor = ActiveLinear.apply(input, columns, weight.to(dtype), bias, *ends)  # type: ignore[no-untyped-call]
