@@ -182,7 +182,8 @@ def _mark_of(input: Any, weight: Any, multiply_adds: Callable[[], int]) -> Mark 
             "grad_layout='active' does not work with DistributedDataParallel, whose reducer needs "
             "whole gradients: use grad_layout='dense'"
         )
-    if mark.positions.device != weight.device or multiply_adds() < LEAST_MULTIPLY_ADDS:
+    is_usable = len(mark.positions) > 0 and mark.positions.device == weight.device
+    if not is_usable or multiply_adds() < LEAST_MULTIPLY_ADDS:
         return None
     return mark
 

@@ -16,7 +16,7 @@ _aten = torch.ops.aten
 
 # Of the active values these are what they are of the whole gradient, whose other elements are zero.
 _NORMS = {_aten.linalg_vector_norm, _aten.norm, _aten._foreach_norm}
-_REDUCTIONS = {_aten.linalg_vector_norm, _aten.norm, _aten.any}
+_REDUCTIONS = {_aten.linalg_vector_norm, _aten.norm, _aten.any, _aten._is_any_true}
 _IN_PLACE = {_aten.mul_, _aten.div_, _aten.clamp_}
 _OF_LISTS = {
     _aten._foreach_norm,

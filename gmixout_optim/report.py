@@ -27,6 +27,8 @@ class TensorReport:
         width: elements in a cell.
         drift: root mean square of theta - A over the active weights, relative to that of A; None
             where it is not mixed or was not trained in this episode, and where A is zero.
+        gradient: how its last gradient was made: "dense", "packed" after backward had made it
+            dense, or "active": computed for the active rows or columns alone.
         state_bytes: bytes of the base's state.
         value_bytes: bytes of what is trained, where the model does not hold it.
         anchor_bytes, index_bytes: bytes of the anchor and the index set.
@@ -40,6 +42,7 @@ class TensorReport:
     density: float
     width: int
     drift: float | None
+    gradient: str
     state_bytes: int
     value_bytes: int
     anchor_bytes: int
@@ -81,9 +84,8 @@ class Report:
         mixed = [tensor for tensor in self.tensors if tensor.mixed]
         weights = sum(torch.Size(tensor.shape).numel() for tensor in self.tensors)
         covered = sum(torch.Size(tensor.shape).numel() for tensor in mixed)
-        rows: list[tuple[str, ...]] = [
-            ("parameter", "group", "shape", "mixed", "density", "width", "drift", "bytes", "note")
-        ]
+        columns = ["parameter", "group", "shape", "mixed", "density", "width", "drift", "gradient"]
+        rows: list[tuple[str, ...]] = [(*columns, "bytes", "note")]
         rows += [_row(tensor) for tensor in self.tensors]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
@@ -149,6 +151,7 @@ def _report_on(
         density=1.0 if member is None else float(member.mask().float().mean()),
         width=1 if member is None else member.cells.grid.width,
         drift=None if member is None else _drift(layout, member),
+        gradient="dense" if member is None else member.gradient_kind,
         state_bytes=_bytes_of(
             {key: item for key, item in layout.base.state.get(param, {}).items() if key != KEY}
         ),
@@ -198,6 +201,7 @@ def _row(tensor: TensorReport) -> tuple[str, ...]:
         f"{tensor.density:.3f}",
         str(tensor.width),
         "" if tensor.drift is None else f"{tensor.drift:.1e}",
+        tensor.gradient,
         f"{tensor.bytes:,}",
         tensor.note,
     )

@@ -26,21 +26,26 @@ from tiny_task import Spirals, pretrained
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
-@pytest.fixture(autouse=True, params=["dense", "packed"])
+@pytest.fixture(autouse=True, params=["dense", "packed", "active"])
 def grad_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Loops accumulate, clip and zero gradients in their own ways: the examples run with both
     kinds."""
     defaults = GMixoutOptimizer.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "grad_layout", request.param)
+    if request.param == "active":
+        monkeypatch.setitem(defaults, "granularity", "row")
+        monkeypatch.setattr("gmixout_optim.active_gradient.LEAST_MULTIPLY_ADDS", 0)
     return request.param
 
 
-@pytest.mark.parametrize("grad_layout", ["packed"], indirect=True)
+@pytest.mark.parametrize("grad_layout", ["packed", "active"], indirect=True)
 def test_packed_gradients_are_what_the_examples_run_with(grad_layout: str) -> None:
     model = pretrained()
     optimizer = GMixoutOptimizer(torch.optim.AdamW(model.parameters()))
     model(torch.randn(4, 2))["logits"].sum().backward()
     assert {type(param.grad).__name__ for param in model.parameters()} == {"PackedGradient"}
+    kinds = {tensor.gradient for tensor in optimizer.report().tensors}
+    assert kinds == {"packed", grad_layout}
     optimizer.step()
 
 

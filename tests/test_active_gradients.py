@@ -1,0 +1,747 @@
+"""Gradients computed for the active rows or columns alone: the same as dense ones on S."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gmixout_optim import GMixoutOptimizer, PackedGradient
+from tests.training import assert_equal, saved_and_loaded, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*freshly initialised")
+
+FUNCTIONALS = {
+    name: getattr(F, name) for name in ("linear", "conv1d", "conv2d", "conv3d", "embedding")
+}
+
+
+@pytest.fixture(autouse=True)
+def _layers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """And whatever a test leaves behind is gone before the next."""
+    monkeypatch.setattr("gmixout_optim.active_gradient.LEAST_MULTIPLY_ADDS", 0)
+    yield
+    gc.collect()
+    assert {name: getattr(F, name) for name in FUNCTIONALS} == FUNCTIONALS
+
+
+def wrap(model: nn.Module, grad_layout: str = "active", **settings: Any) -> GMixoutOptimizer:
+    base = settings.pop("base", partial(torch.optim.AdamW, lr=0.01))
+    settings = {"granularity": "column", "mask_prob": 0.8, "resample_every": 3, **settings}
+    if hasattr(model, "head"):
+        settings["exclude"] = "head.*"
+    return GMixoutOptimizer(base(model.named_parameters()), grad_layout=grad_layout, **settings)
+
+
+def kinds(optimizer: GMixoutOptimizer) -> dict[str, str]:
+    return {tensor.name: tensor.gradient for tensor in optimizer.report().tensors}
+
+
+class Net(nn.Module):
+    """A layer of each kind, one without bias and one whose output is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 64, padding_idx=3)
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+        self.conv = nn.Conv1d(64, 40, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(40)
+        self.attention = nn.MultiheadAttention(40, 4, batch_first=True)
+        self.head = nn.Linear(40, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        hidden = hidden + self.down(F.relu(self.up(hidden), inplace=True))
+        hidden = F.relu(self.conv(hidden.transpose(1, 2)), inplace=True).transpose(1, 2)
+        hidden = self.norm(hidden)
+        hidden = hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0]
+        return self.head(hidden.mean(1))
+
+
+def net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(30, (4, 12), generator=torch.Generator().manual_seed(step))
+
+
+MATRICES = [
+    "embedding.weight",
+    "up.weight",
+    "down.weight",
+    "conv.weight",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+]
+
+
+def loss_of(model: Callable[[Tensor], Tensor], step: int) -> Tensor:
+    return model(tokens(step)).float().square().mean()
+
+
+def trained(
+    grad_layout: str,
+    loss: Callable[[Net, int], Tensor] = loss_of,
+    steps: int = 8,
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
+) -> tuple[Net, GMixoutOptimizer]:
+    model = net(dtype)
+    optimizer = wrap(model, grad_layout, **settings)
+    weight = dict(model.named_parameters())
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, step).backward()
+        if grad_layout == "active":
+            used = [name for name in MATRICES if optimizer.active_mask(weight[name]).any()]
+            assert all(kinds(optimizer)[name] == "active" for name in used)
+        optimizer.step()
+    return model, optimizer
+
+
+def assert_close(ours: nn.Module, others: nn.Module, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(weights(ours), weights(others), rtol=tolerance, atol=tolerance)
+
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(granularity="row"),
+        dict(sampler="bernoulli"),
+        dict(granularity="row", sampler="bernoulli", mask_prob=0.97),
+        dict(rescale=True),
+        dict(resample_every=1),
+        dict(mask_prob=0.1, base=SGD),
+        dict(granularity="row", anchor_decay=0.9, base=SGD),
+    ],
+    ids=str,
+)
+def test_a_training_equals_that_with_packed_gradients(settings: dict[str, Any]) -> None:
+    active, _ = trained("active", **settings)
+    packed, _ = trained("packed", **settings)
+    assert_close(active, packed)
+
+
+def with_autocast(model: Net, step: int) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss_of(model, step)
+
+
+def accumulated(model: Net, step: int) -> Tensor:
+    loss_of(model, step + 100).backward()
+    loss_of(model, step + 200).backward()
+    return loss_of(model, step)
+
+
+def used_twice(model: Net, step: int) -> Tensor:
+    return loss_of(model, step) + loss_of(model, step + 100)
+
+
+def with_penalties(model: Net, step: int) -> Tensor:
+    """Other uses of the same weights in the same graph, before and after."""
+    penalty = model.up.weight.square().sum() + model.conv.weight.abs().sum()
+    return penalty + loss_of(model, step) + model.embedding.weight.square().sum()
+
+
+def tied(model: Net, step: int) -> Tensor:
+    """The embedding is the output layer, too."""
+    hidden = model.up(model.embedding(tokens(step)))
+    return F.linear(model.down(hidden), model.embedding.weight).square().mean() + loss_of(
+        model, step
+    )
+
+
+def with_checkpoints(model: Net, step: int, use_reentrant: bool) -> Tensor:
+    hidden = model.embedding(tokens(step)).requires_grad_()
+
+    def block(hidden: Tensor) -> Tensor:
+        return model.down(model.up(hidden).relu())
+
+    hidden = checkpoint(block, hidden, use_reentrant=use_reentrant)
+    return hidden.square().mean() + loss_of(model, step)
+
+
+def in_functional_call(model: Net, step: int) -> Tensor:
+    parameters = dict(model.named_parameters())
+    return torch.func.functional_call(model, parameters, (tokens(step),)).square().mean()
+
+
+def in_data_parallel(model: Net, step: int) -> Tensor:
+    return loss_of(nn.DataParallel(model), step)
+
+
+@pytest.mark.parametrize("granularity", ["column", "row"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        with_autocast,
+        accumulated,
+        used_twice,
+        with_penalties,
+        tied,
+        partial(with_checkpoints, use_reentrant=False),
+        partial(with_checkpoints, use_reentrant=True),
+        in_functional_call,
+        in_data_parallel,
+    ],
+    ids=str,
+)
+def test_however_weights_are_used(loss: Callable[..., Tensor], granularity: str) -> None:
+    low = loss is with_autocast
+    settings = dict(loss=loss, granularity=granularity, base=SGD)
+    settings["dtype"] = torch.float32 if low else torch.float64
+    active, _ = trained("active", **settings)
+    packed, _ = trained("packed", **settings)
+    assert_close(active, packed, 1e-2 if low else 1e-9)
+
+
+LAYERS: dict[str, Callable[[bool], nn.Module]] = {
+    "linear": lambda bias: nn.Linear(40, 36, bias),
+    "conv1d": lambda bias: nn.Conv1d(40, 36, 3, 2, 1, bias=bias),
+    "conv2d": lambda bias: nn.Conv2d(40, 36, (3, 1), (1, 2), (1, 0), bias=bias),
+    "conv3d": lambda bias: nn.Conv3d(40, 36, 2, 1, 1, dilation=2, bias=bias),
+    "pointwise": lambda bias: nn.Conv2d(40, 36, 1, bias=bias),
+    "pointwise, strided": lambda bias: nn.Conv2d(40, 36, 1, (3, 2), bias=bias),
+    "dilated": lambda bias: nn.Conv2d(40, 36, 3, 2, 2, 2, bias=bias),
+    "same": lambda bias: nn.Conv1d(40, 36, 4, padding="same", bias=bias),
+    "groups": lambda bias: nn.Conv1d(80, 36, 3, groups=2, bias=bias),
+    "embedding": lambda bias: nn.Embedding(36, 40, padding_idx=5 if bias else None),
+}
+LEFT_DENSE = ("same", "groups")
+
+
+@st.composite
+def inputs_of(draw: st.DrawFn, name: str, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Of any number of dimensions and in any memory format that the layer takes."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    batch = draw(st.lists(st.integers(1, 4), min_size=0, max_size=3))
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(36, batch, generator=generator)
+    if isinstance(layer, nn.Linear):
+        shape = [*batch, 40]
+    else:
+        sides = draw(
+            st.lists(
+                st.integers(5, 7), min_size=layer.weight.ndim - 2, max_size=layer.weight.ndim - 2
+            )
+        )
+        channels = layer.in_channels
+        shape = [draw(st.integers(1, 3)), channels, *sides]
+        if draw(st.booleans()):
+            shape = shape[1:]  # without a batch
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    form = draw(st.sampled_from(["contiguous", "strided", "channels_last", "expanded"]))
+    if form == "strided":
+        values = torch.stack([values, values], -1)[..., 0]
+    if form == "channels_last" and values.ndim == 4:
+        values = values.to(memory_format=torch.channels_last)
+    if form == "expanded":
+        values = values[:1].expand(values.shape)
+    return values
+
+
+@pytest.mark.parametrize("granularity", ["column", "row"])
+@pytest.mark.parametrize("name", LAYERS)
+@given(data=st.data())
+def test_gradients_are_the_dense_ones_on_s(
+    name: str, granularity: str, data: st.DataObject
+) -> None:
+    """Of the weight, and everywhere those of bias and input."""
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    layer = LAYERS[name](draw(st.booleans())).to(dtype)
+    if name in ("conv2d", "pointwise") and draw(st.booleans()):
+        layer = layer.to(memory_format=torch.channels_last)
+    inputs = draw(inputs_of(name, layer, dtype))
+    double, needs_input = draw(st.booleans()), draw(st.booleans())
+    sides = []
+    for grad_layout in ("dense", "active"):
+        layer.zero_grad()
+        optimizer = wrap(layer, grad_layout, granularity=granularity, mask_prob=0.7)
+        if draw(st.booleans()) and grad_layout == "dense":
+            optimizer.resample()
+        given = inputs.clone() if inputs.is_floating_point() else inputs
+        leaf = given.requires_grad_() if needs_input and given.is_floating_point() else given
+        outputs = layer(leaf)
+        loss = outputs.double().pow(3).sum()
+        if double:
+            loss = loss + layer(leaf).double().square().sum()
+        loss.backward()
+        grads = {}
+        for key, param in layer.named_parameters():
+            grad = param.grad
+            grads[key] = grad.dense() if isinstance(grad, PackedGradient) else grad
+            grads[key] = torch.where(optimizer.active_mask(param), grads[key], 0.0)
+            if grad_layout == "active":
+                wanted = "active" if key == "weight" else "packed"
+                is_batched = not isinstance(layer, nn.modules.conv._ConvNd) or (
+                    inputs.ndim == layer.weight.ndim
+                )
+                if name in LEFT_DENSE or not is_batched:
+                    wanted = "packed"
+                assert kinds(optimizer)[key] == wanted
+        sides.append((outputs, leaf.grad, grads, optimizer.episode))
+        optimizer.consolidate()
+    (outputs, of_input, grads, episode), (our_outputs, of_our_input, our_grads, our_episode) = sides
+    precise = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05}[dtype]
+    scale = max(1.0, max(float(grad.abs().max()) for grad in grads.values()))
+    torch.testing.assert_close(our_outputs, outputs, rtol=precise, atol=precise)
+    if of_input is not None:
+        torch.testing.assert_close(of_our_input, of_input, rtol=precise, atol=precise * scale)
+    if episode == our_episode:  # the sets are the same
+        for key in grads:
+            torch.testing.assert_close(
+                our_grads[key], grads[key], rtol=precise, atol=precise * scale
+            )
+
+
+def test_of_the_input_only_the_active_columns_are_saved() -> None:
+    """Rows keep all of it, as a plain layer does."""
+    inputs = torch.randn(64, 768, requires_grad=True)
+    saved = {}
+    for granularity, grad_layout in (("column", "packed"), ("row", "active"), ("column", "active")):
+        model = nn.Linear(768, 40)
+        optimizer = wrap(model, grad_layout, granularity=granularity, mask_prob=0.9)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes, own: Any = model) -> Tensor:
+            if tensor.data_ptr() != own.weight.data_ptr():
+                sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(inputs)
+        saved[granularity, grad_layout] = sum(sizes)
+        optimizer.consolidate()
+    whole = inputs.nbytes
+    assert saved["column", "packed"] == whole
+    assert whole <= saved["row", "active"] < 1.01 * whole
+    assert saved["column", "active"] < 0.11 * whole
+
+
+def test_no_gradient_is_ever_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    _optimizer = wrap(model)
+    shapes = {tuple(param.shape) for name, param in model.named_parameters() if name in MATRICES}
+    made: list[tuple[int, ...]] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if type(result) is Tensor and func._overloadpacket.__name__ not in ("detach", "t"):
+                made.append(tuple(result.shape))
+            return result
+
+    loss = loss_of(model, 0)
+    with Watch():
+        loss.backward()
+    assert made
+    assert not shapes & set(made)
+
+
+# Small layers
+
+
+def test_small_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By multiply-adds: tokens times inputs times outputs."""
+    monkeypatch.setattr("gmixout_optim.active_gradient.LEAST_MULTIPLY_ADDS", 10 * 64 * 40)
+    model = nn.Linear(64, 40)
+    for rows, kind in ((9, "packed"), (10, "active")):
+        optimizer = wrap(model)
+        model(torch.randn(rows, 64)).sum().backward()
+        assert kinds(optimizer) == {"weight": kind, "bias": "packed"}
+        assert "  " + kind in str(optimizer.report())
+        optimizer.consolidate()
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("granularity", ["element", 4])
+def test_other_cells_are_packed_afterwards(granularity: Any) -> None:
+    model = net()
+    optimizer = wrap(model, granularity=granularity)
+    loss_of(model, 0).backward()
+    assert set(kinds(optimizer).values()) == {"packed", "dense"}
+    assert kinds(optimizer)["head.weight"] == "dense"
+
+
+# The wrapped functionals
+
+
+def is_wrapped() -> bool:
+    wrapped = {getattr(F, name) is not FUNCTIONALS[name] for name in FUNCTIONALS}
+    assert len(wrapped) == 1
+    return wrapped.pop()
+
+
+def test_consolidate_undoes_it_and_a_further_step_does_it_again() -> None:
+    model = net()
+    names = [name for name, param in model.named_parameters() for _ in vars(param)]
+    optimizer = wrap(model)
+    assert is_wrapped()
+    optimizer.consolidate()
+    assert not is_wrapped()
+    assert [name for name, param in model.named_parameters() for _ in vars(param)] == names
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert is_wrapped()
+    optimizer.zero_grad()
+    loss_of(model, 0).backward()
+    assert kinds(optimizer)["up.weight"] == "active"
+
+
+def test_garbage_collection_undoes_it() -> None:
+    model = net()
+    optimizer = wrap(model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert is_wrapped()
+    del optimizer
+    gc.collect()
+    assert not is_wrapped()
+    model.zero_grad()
+    loss_of(model, 0).backward()
+    assert {type(param.grad) for param in model.parameters()} == {Tensor}
+
+
+def test_it_does_not_keep_model_and_optimizer_alive() -> None:
+    import weakref
+
+    model = net()
+    optimizer = wrap(model)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    gone = weakref.ref(optimizer), weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_several_optimizers_in_any_order() -> None:
+    for order in itertools.permutations(range(3)):
+        models = [net() for _ in range(3)]
+        optimizers = [wrap(model, seed=seed) for seed, model in enumerate(models)]
+        for number in order:
+            for model in models:
+                model.zero_grad()
+                loss_of(model, 0).backward()
+            assert is_wrapped()
+            optimizers[number].consolidate()
+            assert isinstance(models[number].up.weight.grad, PackedGradient)
+        assert not is_wrapped()
+
+
+def test_somebody_elses_wrapper_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def wrapped_by(inner: Any, name: str) -> Any:
+        def linear(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        return linear
+
+    original = F.linear
+    before = wrapped_by(original, "before")
+    F.linear = before
+    try:
+        model = net()
+        optimizer = wrap(model)
+        F.linear = after = wrapped_by(F.linear, "after")
+        loss_of(model, 0).backward()
+        assert kinds(optimizer)["up.weight"] == "active"
+        optimizer.consolidate()
+        assert F.linear is after
+        model.zero_grad()
+        calls.clear()
+        loss_of(model, 0).backward()
+        assert set(calls) == {"before", "after"}
+        assert type(model.up.weight.grad) is Tensor
+        again = wrap(model)
+        model.zero_grad()
+        loss_of(model, 0).backward()
+        assert kinds(again)["up.weight"] == "active"
+        again.consolidate()
+        assert F.linear is after
+    finally:
+        F.linear = original
+
+
+def test_other_calls_are_what_they_were() -> None:
+    model, other = net(), nn.Linear(6, 4)
+    _optimizer = wrap(model)
+    inputs = torch.randn(3, 6)
+    assert_equal(F.linear(inputs, other.weight, other.bias), inputs @ other.weight.t() + other.bias)
+    other(inputs).sum().backward()
+    assert type(other.weight.grad) is Tensor
+    assert F.linear.__name__ == "linear"
+    with torch.no_grad():
+        assert not model(tokens(0)).requires_grad
+    with torch.inference_mode():
+        model(tokens(0))
+    with pytest.raises(RuntimeError):
+        model.up(torch.randn(3, 6).double())
+    with pytest.raises(RuntimeError, match="dtype"):
+        model.up(torch.randn(3, 64))
+
+
+# Copies and files
+
+
+def test_copies_and_files_hold_plain_parameters() -> None:
+    model = net()
+    optimizer = wrap(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        loss_of(copied, 0).backward()
+        assert {type(param.grad) for param in copied.parameters()} == {Tensor}
+    plain = saved_and_loaded([nn.Parameter(param.detach()) for param in model.parameters()])
+    assert_equal(plain, saved_and_loaded(list(model.parameters())))
+    assert_equal(dict(model.state_dict()), saved_and_loaded(model.state_dict()))
+
+    both = copy.deepcopy((model, optimizer))
+    for of, by in ((model, optimizer), both):
+        for step in range(5):
+            by.zero_grad()
+            loss_of(of, step).backward()
+            assert kinds(by)["up.weight"] == "active"
+            by.step()
+    assert_equal(weights(model), weights(both[0]))
+
+
+def test_a_shallow_copy_of_a_parameter_is_not_the_parameter() -> None:
+    model = net()
+    optimizer = wrap(model)
+    other = copy.copy(model.up.weight)
+    F.linear(torch.randn(5, 64).double(), other).sum().backward()
+    assert type(other.grad) is Tensor
+    assert model.up.weight.grad is None
+    assert kinds(optimizer)["up.weight"] == "dense"
+
+
+def test_a_run_resumes_exactly() -> None:
+    whole, _ = trained("active", steps=8)
+    model, optimizer = trained("active", steps=5)
+    saved = saved_and_loaded((model.state_dict(), optimizer.state_dict()))
+    resumed = net()
+    resumed.load_state_dict(saved[0])
+    other = wrap(resumed)
+    other.load_state_dict(saved[1])
+    for step in range(5, 8):
+        other.zero_grad()
+        loss_of(resumed, step).backward()
+        assert kinds(other)["up.weight"] == "active"
+        other.step()
+    assert_equal(weights(whole), weights(resumed))
+
+
+# Episodes
+
+
+@pytest.mark.parametrize("granularity", ["column", "row"])
+def test_an_episode_that_ends_between_forward_and_backward(granularity: str) -> None:
+    """The gradient is of other weights than those that are active now."""
+    model = net()
+    optimizer = wrap(model, granularity=granularity)
+    loss = loss_of(model, 0)
+    optimizer.resample()
+    loss.backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"episode that has ended.*zero_grad"):
+        optimizer.step()
+    assert_equal(before, weights(model))
+    optimizer.zero_grad()
+    loss_of(model, 0).backward()
+    optimizer.step()
+
+
+def test_an_episode_that_ends_before_a_checkpoint_is_computed_again() -> None:
+    """What is computed again is of the new episode, and so is its gradient."""
+    grads = []
+    for resampled in (True, False):
+        model = net()
+        optimizer = wrap(model)
+        hidden = torch.randn(7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        if not resampled:
+            optimizer.resample()
+        loss = checkpoint(model.up, hidden.requires_grad_(), use_reentrant=False).square().sum()
+        if resampled:
+            optimizer.resample()
+        loss.backward()
+        optimizer.step()
+        grads.append(model.up.weight.grad.dense())
+    torch.testing.assert_close(*grads)
+
+
+def test_gradients_of_two_episodes_are_not_added_up() -> None:
+    model = net()
+    optimizer = wrap(model)
+    loss_of(model, 0).backward()
+    optimizer.resample()
+    loss_of(model, 1).backward()
+    with pytest.raises(RuntimeError, match="episode that has ended"):
+        optimizer.step()
+
+
+# Autograd
+
+
+def test_hooks_on_weights_fire() -> None:
+    model = net()
+    optimizer = wrap(model)
+    seen: list[str] = []
+    weight = model.up.weight
+    weight.register_hook(lambda grad: seen.append(type(grad).__name__) or grad * 2)
+    weight.register_post_accumulate_grad_hook(lambda param: seen.append(type(param.grad).__name__))
+    loss_of(model, 0).backward()
+    doubled = weight.grad.dense()
+    assert seen == ["PackedGradient"] * 2
+    plain = net()
+    loss_of(plain, 0).backward()
+    mask = optimizer.active_mask(weight)
+    torch.testing.assert_close(doubled, torch.where(mask, 2 * plain.up.weight.grad, 0.0))
+
+
+def test_autograd_grad_and_inputs() -> None:
+    model = net()
+    optimizer = wrap(model)
+    (grad,) = torch.autograd.grad(loss_of(model, 0), model.up.weight)
+    assert isinstance(grad, PackedGradient)
+    loss_of(model, 0).backward(inputs=[model.up.weight])
+    assert_equal(grad.dense(), model.up.weight.grad.dense())
+    assert model.down.weight.grad is None
+    loss = loss_of(model, 0)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(model.up.weight.grad.dense(), 3 * grad.dense())
+    optimizer.step()
+
+
+def test_anomaly_mode() -> None:
+    model = net()
+    optimizer = wrap(model)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss_of(model, 0).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("granularity", ["column", "row"])
+def test_a_penalty_on_the_gradient_of_the_input(granularity: str, amp: bool) -> None:
+    """As in WGAN-GP: its gradient reaches the weights."""
+    grads = []
+    for grad_layout in ("packed", "active"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 1))
+        optimizer = wrap(model, grad_layout, granularity=granularity)
+        inputs = torch.randn(8, 64, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            score = model(inputs).sum()
+        (of_input,) = torch.autograd.grad(score, inputs, create_graph=True)
+        (of_input.norm(dim=1) - 1).square().mean().backward()
+        grads.append([layer.weight.grad.dense() for layer in (model[0], model[2])])
+        optimizer.consolidate()
+    tolerance = 2e-2 if amp else 1e-5
+    torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
+
+
+class _Nothing(nn.Module):
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        return (hidden,)
+
+
+def test_gradients_that_are_differentiated_are_dense() -> None:
+    """All of them by row; on the active columns by column, whose input was not saved elsewhere."""
+    for granularity in ("row", "column"):
+        model, plain = net(), net()
+        model.attention = plain.attention = _Nothing()
+        optimizer = wrap(model, granularity=granularity)
+        mask = optimizer.active_mask(model.up.weight)
+        seconds = []
+        for each in (model, plain):
+            (grad,) = torch.autograd.grad(loss_of(each, 0), each.up.weight, create_graph=True)
+            assert type(grad) is Tensor
+            kept = mask if granularity == "column" else torch.ones_like(mask)
+            (second,) = torch.autograd.grad((grad * kept).square().sum(), each.down.weight)
+            second = second.dense() if isinstance(second, PackedGradient) else second
+            seconds.append(torch.where(optimizer.active_mask(model.down.weight), second, 0.0))
+            if each is plain:
+                torch.testing.assert_close(seconds[0], second * (seconds[0] != 0))
+        torch.testing.assert_close(*seconds)
+        optimizer.consolidate()
+
+
+def test_transforms_of_torch_func_are_dense() -> None:
+    model = net()
+    _optimizer = wrap(model)
+    up = model.up
+    inputs = torch.randn(5, 64, dtype=torch.float64)
+    each = torch.func.vmap(torch.func.grad(lambda row: up(row).square().sum()))(inputs)
+    whole = torch.autograd.grad(up(inputs.requires_grad_()).square().sum(), inputs)[0]
+    torch.testing.assert_close(each, whole)
+    value, tangent = torch.func.jvp(up, (inputs.detach(),), (torch.ones_like(inputs),))
+    torch.testing.assert_close(tangent, up.weight.sum(1).expand_as(value))
+
+
+def test_traces_are_of_plain_layers() -> None:
+    model = net()
+    _optimizer = wrap(model)
+    traced = torch.jit.trace(model.up, torch.randn(3, 64).double())
+    assert "aten::linear" in str(traced.inlined_graph)
+    graph = torch.fx.symbolic_trace(nn.Sequential(model.up, nn.ReLU()))
+    inputs = torch.randn(3, 64).double()
+    torch.testing.assert_close(graph(inputs), model.up(inputs).relu())
+    exported = torch.export.export(model.up, (inputs,))
+    assert "linear" in str(exported.graph)
+
+
+# Refusals
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    for settings in (dict(layout="dense"), dict(residual="persistent")):
+        with pytest.raises(ValueError, match="grad_layout='active' needs layout='packed'"):
+            wrap(net(), **settings)
+    model = net()
+    optimizer = wrap(model)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script.*grad_layout='active'.*consolidate"):
+        torch.jit.script(nn.Linear(3, 3))
+    torch.jit.script(_scriptable)
+    optimizer.consolidate()
+    torch.jit.script(nn.Linear(3, 3))
+
+
+def _scriptable(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_distributed_data_parallel_is_refused(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(net())
+        _optimizer = wrap(model)
+        with pytest.raises(RuntimeError, match=r"grad_layout='active'.*DistributedDataParallel"):
+            model(tokens(0))
+    finally:
+        torch.distributed.destroy_process_group()
