@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from gmixout_optim import GMixoutOptimizer
+from gmixout_optim.bench import training
 from gmixout_optim.bench.__main__ import main
 from gmixout_optim.bench.bases import BASES, fastest_form
 from gmixout_optim.bench.bytes import resume_file
@@ -397,3 +399,44 @@ def test_bad_options_are_refused(
         main(arguments.split())
     assert refusal.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# Whole training steps
+
+
+TRAINING = "--training --model 2e4 --rounds 2 --threads 1 --methods AdamW"
+
+
+def test_training_steps_of_several_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["GMixout, active, column", "GMixout, active, row"]
+    assert main([*TRAINING.split(), *methods]) == 0
+    text = capsys.readouterr().out
+    for method in ("AdamW", *methods):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {method} ")]
+        assert re.search(r"\d\.\d\dx \(\d+\.\d\d to \d+\.\d\d\)", row)
+    assert "| 12.00 " in text  # gradients and two moments of AdamW
+    assert "2e4, 20" in text
+
+
+@pytest.mark.parametrize("arguments", ["--autocast", "--batch-size 3"])
+def test_training_steps_as_json(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAINING.split(), *arguments.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["case"]["autocast"] == (arguments == "--autocast")
+    (outcome,) = found["outcomes"]
+    assert outcome["method"] == "AdamW"
+    assert outcome["step"]["plain_steps"]["median"] > 0
+    assert outcome["above_model"] > 0
+    assert 11.9 < outcome["kept"] / 20_000 < 12.1
+
+
+def test_a_method_that_fails_or_is_missing_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "badam", None)
+    assert main([*TRAINING.split(), "BAdam"]) == 0
+    assert "BAdam is left out: badam cannot be imported" in capsys.readouterr().out
+    case = training.Case("no model", 1, False, False, "cpu", 1)
+    (outcome,) = training.measure(replace(case, model="2e4"), ["AdamW"], 2, lambda title: None)
+    assert outcome.error is None
+    assert training._memory_of(case, "AdamW")[2].startswith("ValueError: model must be one of")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from gmixout_optim.bench import training
 from gmixout_optim.bench.memory import Loop, measure_peaks
 from gmixout_optim.bench.options import Options, read_options
 from gmixout_optim.bench.progress import Progress
@@ -16,6 +17,8 @@ from gmixout_optim.bench.table import tables
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 1 where a training loop failed, with the reason in the output."""
+    if "--training" in arguments:
+        return training.main(arguments)
     options = read_options(arguments)
     result = measure(options)
     print(json.dumps(result.to_dict(), indent=2) if options.json else tables(result))

@@ -26,7 +26,7 @@ RESAMPLE_EVERY = 2
 # glibc by itself keeps freed tensors of up to 32 MB in a heap with holes, which changes a peak by a
 # quarter from run to run. So large tensors go back to the system at once, in all loops alike. A
 # user's own setting counts for more.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def peak_of(loop: Loop) -> Peak:
     """Run the loop in a child process; a failure there, such as too little memory, is part of the
     result."""
     command = [sys.executable, "-m", "gmixout_optim.bench.memory", loop.to_json()]
-    child = subprocess.run(command, capture_output=True, text=True, env={**_MALLOC, **os.environ})
+    child = subprocess.run(command, capture_output=True, text=True, env={**MALLOC, **os.environ})
     if child.returncode == 0:
         peak, baseline = json.loads(child.stdout)
         return Peak(loop.setting, peak, baseline, peak - baseline)

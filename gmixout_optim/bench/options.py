@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        type=_model,
+        type=model_name,
         default="vit_b_16",
         help=f"{', '.join(MODELS)}, or a number of weights such as 1e6 for an MLP",
     )
@@ -116,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "--granularity",
         type=_granularity,
         nargs="+",
-        default=["element", 16, "row"],
+        default=["element", 16, "column", "row"],
         metavar="G",
-        help="element, row, or a number of elements",
+        help="element, column, row, or a number of elements",
     )
     add(
         "--grad-layout",
@@ -145,26 +145,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--resample-every",
-        type=_positive,
+        type=positive,
         default=20,
         metavar="K",
         help="steps over which a redraw is spread",
     )
-    add("--rounds", type=_rounds, default=30, help="measured steps of each optimizer")
+    add("--rounds", type=rounds, default=30, help="measured steps of each optimizer")
     add(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=1,
         help="of the training loop whose peak memory is measured",
     )
     add(
         "--device",
-        type=_device,
+        type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda",
     )
-    add("--threads", type=_positive, help="of the CPU; None leaves it to torch")
+    add("--threads", type=positive, help="of the CPU; None leaves it to torch")
     add("--json", action="store_true", help="print JSON instead of tables")
+    add(
+        "--training",
+        action="store_true",
+        help="measure whole training steps instead, beside other methods: see --training --help",
+    )
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--no-memory", action="store_true", help="leave out the training loops")
     parts.add_argument(
@@ -173,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(text: str) -> str:
+def model_name(text: str) -> str:
     try:
         find_model(text)
     except ValueError as error:
@@ -198,7 +203,7 @@ def _granularity(text: str) -> Granularity:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _device(text: str) -> torch.device:
+def device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -208,11 +213,11 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     return _at_least(1, text)
 
 
-def _rounds(text: str) -> int:
+def rounds(text: str) -> int:
     return _at_least(2, text)  # a spread needs two
 
 

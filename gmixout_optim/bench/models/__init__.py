@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from gmixout_optim.bench.models.convnext import ConvNeXt, ConvNeXtConfig
 from gmixout_optim.bench.models.llama import Llama, LlamaConfig, LlamaLayer
 from gmixout_optim.bench.models.mlp import MLP
 from gmixout_optim.bench.models.resnet import ResNet, ResNetConfig
@@ -18,6 +19,14 @@ MODELS: dict[str, Callable[[], Workload]] = {
     "vit_s_14": partial(VisionTransformer, ViTConfig(patch=14, width=384, depth=12, heads=6)),
     "vit_l_14": partial(VisionTransformer, ViTConfig(patch=14, width=1024, depth=24, heads=16)),
     "resnet50": partial(ResNet, ResNetConfig(blocks=(3, 4, 6, 3))),
+    "convnext_t": partial(
+        ConvNeXt, ConvNeXtConfig(blocks=(3, 3, 9, 3), widths=(96, 192, 384, 768))
+    ),
+    # one decoder layer of Llama-3.2-1B, for 512 tokens
+    "llama-block": partial(
+        LlamaLayer,
+        LlamaConfig(width=2048, depth=1, heads=32, key_heads=8, hidden=8192, tokens=512),
+    ),
     # Llama-3.2-1B
     "llama-1b": partial(
         Llama,
