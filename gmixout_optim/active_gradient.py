@@ -34,9 +34,10 @@ from gmixout_optim.packed_gradient import (
 # torch.compile does not guard on the identity of a tensor.
 _MARK = "_gmixout_active"
 
-# Of a layer's product: below, calling the functions takes longer than they save. Measured on CPUs
-# (docs/performance.md).
+# Of a layer's product: below, calling the functions takes longer than they save. Convolutions, whose
+# backward is called twice, need so many times as many (docs/performance.md has the measurements).
 LEAST_MULTIPLY_ADDS = 1 << 22
+_OF_CONVOLUTIONS = 3
 
 
 class Mark:
@@ -263,7 +264,8 @@ def _wrapped_conv(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         mark = None
         if len(steps) == dims and input.ndim == weight.ndim:
             outputs = input[0, 0].numel() // torch.Size(steps).numel() * input.shape[0]
-            mark = _mark_of(input, weight, lambda: outputs * weight.numel())
+            work = outputs * weight.numel() // _OF_CONVOLUTIONS
+            mark = _mark_of(input, weight, lambda: work)
         dtype = None if mark is None else _dtype_of(input, weight, bias)
         if mark is None or dtype is None:
             return usual()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from gmixout_optim import settings
-from gmixout_optim.active_gradient import give_up_gradients
 from gmixout_optim.bases import Closure, has_rates
 from gmixout_optim.cells import Granularity
 from gmixout_optim.dense import DenseLayout
@@ -68,7 +67,7 @@ class GMixoutOptimizer(WrappingOptimizer):
             once an episode has warmed up; parameters that are not mixed keep it, and so does the
             group. ``"auto"``: 1 / d on the average over an episode, with which a weight that is
             active in a share d of the steps goes as far as the base alone would take it (at p = 0.9
-            it rises from 1 to 19 in an episode of 20 steps); 1 with ``rescale``, the persistent
+            it rises from 1 to 19 in an episode of 20 steps); 1 / sqrt(d) by row; 1 with ``rescale``, the persistent
             residual, and bases that cannot be shown rates: LBFGS, which has one for all, and those
             with ``lr=None``, which find it themselves (default: "auto")
         episode_warmup (int or "auto"): steps at the start of each episode over which the learning
@@ -78,10 +77,10 @@ class GMixoutOptimizer(WrappingOptimizer):
             on, bases that cannot be shown rates, and Rprop and ASGD, which read ``lr`` ahead of the
             step. After unfreezing a layer call :meth:`resample`. Optimizers that want one ``lr`` in
             all groups need 0 here and ``lr_scale=1.0`` (default: "auto")
-        granularity (str or int): what is masked as one cell: ``"element"``, ``"row"`` (an output
-            row or filter), or a number of consecutive elements; a tensor that the number does not
-            divide falls back to elements. A group with the key ``granularity`` has its own
-            (default: "element")
+        granularity (str or int): what is masked as one cell: ``"element"``, ``"column"`` (some input
+            features or channels), ``"row"`` (an output row or filter), or a number of consecutive
+            elements; a tensor that these do not fit falls back to elements. A group with the key
+            ``granularity`` has its own (default: "element")
         sampler (str): ``"stratified"``: sets of constant size, spread evenly; ``"bernoulli"``: each
             cell independently (default: "stratified")
         layout (str): ``"packed"``: the base works on vectors of the active values, right for
@@ -90,8 +89,10 @@ class GMixoutOptimizer(WrappingOptimizer):
         grad_layout (str): ``"packed"``: as soon as backward has a mixed parameter's gradient, its
             active part is packed and the rest is freed; ``param.grad`` is then a
             :class:`PackedGradient`, which can be accumulated, scaled, clipped and zeroed, and
-            refuses other operators. Needs the packed layout; not for DistributedDataParallel.
-            ``"dense"``: gradients stay as they are (default: "dense")
+            refuses other operators. ``"active"``: where columns or rows are cells, backward of
+            linear layers, convolutions and embeddings computes the active part alone; elsewhere it
+            packs. Both need the packed layout, and no DistributedDataParallel. ``"dense"``:
+            gradients stay as they are (default: "dense")
         stochastic_rounding (bool): write to bfloat16 and float16 parameters by stochastic instead
             of nearest rounding, so that what is smaller than their spacing is not lost at an
             episode's end. Trained values, anchors and the base's state are float32 either way.
@@ -267,10 +268,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         elif self.steps_in_episode > 0:
             left = self._next_episode(keep_foreign=True)
         self._members.release()
-        for member in self._members:
-            if member.packs_gradients:  # a further step has them packed again
-                give_up_gradients(member.param)
-                member.packs_gradients = False
+        self._give_up_gradients()
         self._warn_of_kept(left, "consolidate()")
 
     @contextmanager

@@ -324,6 +324,13 @@ class WrappingOptimizer(Optimizer):
             for member in self._members:
                 take_gradients(member, self._grad_layout == "active")
 
+    def _give_up_gradients(self) -> None:
+        """Have them be what backward makes of them, until a further step."""
+        for member in self._members:
+            if member.packs_gradients:
+                give_up_gradients(member.param)
+                member.packs_gradients = False
+
     def _next_episode(self, keep_foreign: bool = False) -> list[Member]:
         """End the episode and begin the next; returns the members that were left as they are."""
         for hook in list(self._resample_pre_hooks.values()):
