@@ -34,8 +34,8 @@ from gmixout_optim.packed_gradient import (
 # torch.compile does not guard on the identity of a tensor.
 _MARK = "_gmixout_active"
 
-# Of a layer's product: below, calling the functions takes longer than they save. Convolutions, whose
-# backward is called twice, need so many times as many (docs/performance.md has the measurements).
+# Of a layer's product: below, calling the functions takes longer than they save. Convolutions, for
+# which backward is called twice, need so many times as many (docs/performance.md has the figures).
 LEAST_MULTIPLY_ADDS = 1 << 22
 _OF_CONVOLUTIONS = 3
 

@@ -67,9 +67,9 @@ class GMixoutOptimizer(WrappingOptimizer):
             once an episode has warmed up; parameters that are not mixed keep it, and so does the
             group. ``"auto"``: 1 / d on the average over an episode, with which a weight that is
             active in a share d of the steps goes as far as the base alone would take it (at p = 0.9
-            it rises from 1 to 19 in an episode of 20 steps); 1 / sqrt(d) by row; 1 with ``rescale``, the persistent
-            residual, and bases that cannot be shown rates: LBFGS, which has one for all, and those
-            with ``lr=None``, which find it themselves (default: "auto")
+            it rises from 1 to 19 in an episode of 20 steps); by row 1 / sqrt(d); 1 with
+            ``rescale``, the persistent residual, and bases that cannot be shown rates: LBFGS, which
+            has one for all, and those with ``lr=None``, which find it themselves (default: "auto")
         episode_warmup (int or "auto"): steps at the start of each episode over which the learning
             rate of mixed weights rises linearly to its full value; 0 for none. The base's state
             starts fresh there, and a fresh Adam steps by the sign of one gradient. ``"auto"``: the
@@ -77,10 +77,10 @@ class GMixoutOptimizer(WrappingOptimizer):
             on, bases that cannot be shown rates, and Rprop and ASGD, which read ``lr`` ahead of the
             step. After unfreezing a layer call :meth:`resample`. Optimizers that want one ``lr`` in
             all groups need 0 here and ``lr_scale=1.0`` (default: "auto")
-        granularity (str or int): what is masked as one cell: ``"element"``, ``"column"`` (some input
-            features or channels), ``"row"`` (an output row or filter), or a number of consecutive
-            elements; a tensor that these do not fit falls back to elements. A group with the key
-            ``granularity`` has its own (default: "element")
+        granularity (str or int): what is masked as one cell: ``"element"``, ``"column"`` (a few
+            input features or channels), ``"row"`` (an output row or filter), or a number of
+            consecutive elements; a tensor that these do not fit falls back to elements. A group
+            with the key ``granularity`` has its own (default: "element")
         sampler (str): ``"stratified"``: sets of constant size, spread evenly; ``"bernoulli"``: each
             cell independently (default: "stratified")
         layout (str): ``"packed"``: the base works on vectors of the active values, right for

@@ -133,7 +133,7 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
         dict(mask_prob=0.1, base=SGD),
         dict(granularity="row", anchor_decay=0.9, base=SGD),
     ],
-    ids=str,
+    ids=lambda settings: str({**settings, "base": ""}),
 )
 def test_a_training_equals_that_with_packed_gradients(settings: dict[str, Any]) -> None:
     active, _ = trained("active", **settings)
@@ -203,7 +203,7 @@ def in_data_parallel(model: Net, step: int) -> Tensor:
         in_functional_call,
         in_data_parallel,
     ],
-    ids=str,
+    ids=lambda loss: getattr(loss, "__name__", f"checkpoint {getattr(loss, 'keywords', '')}"),
 )
 def test_however_weights_are_used(loss: Callable[..., Tensor], granularity: str) -> None:
     low = loss is with_autocast
