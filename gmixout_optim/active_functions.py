@@ -6,14 +6,15 @@ beside the arguments of its functional, which have one dtype:
 - ``columns``: the active columns of the input, which are saved in place of it; None where rows are
   active.
 - ``positions``: int64, the active rows or columns of the weight.
-- ``deliver`` and ``draw``: ``deliver(active, weight, draw)`` makes the weight's gradient from its
-  active part, of shape (rows, ...) or (outputs, columns, ...). ``draw`` (0-d int64, on the CPU) is
-  saved like a tensor of the layer, so that what checkpointing computes again comes with its own.
+- ``deliver`` and ``draw``: ``deliver(active, draw)`` makes the weight's gradient from its active
+  part, of shape (rows, ...) or (outputs, columns, ...). ``draw`` (0-d int64, on the CPU) is saved
+  like a tensor of the layer, so that what checkpointing computes again comes with its own.
 - ``leaf``: in compiled code, where ``deliver`` is None, the tensor whose gradient is the active
   part. The weight has none then.
 
-A backward that is differentiated itself (``create_graph=True``) makes a dense gradient: the whole
-one with rows; with columns what was saved allows no more than zeros elsewhere.
+A backward that may be differentiated (``create_graph=True``) makes a dense gradient: the whole one
+with rows; with columns what was saved allows no more than zeros elsewhere, and whoever
+differentiates through it is told so.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class ActiveLinear(Function):
         deliver: Any,
         draw: Tensor | None,
     ) -> Tensor:
-        _remember(ctx, columns, bias, leaf, deliver)
-        ctx.save_for_backward(input if columns is None else columns, weight, positions, draw)
+        _remember(ctx, columns, weight, bias, leaf, deliver)
+        _save(ctx, input if columns is None else columns, weight, positions, draw)
         output: Tensor = _aten.linear(input, weight, bias)
         # In-place operations on a view that was made in here would raise.
         output = _aten._unsafe_view(output, output.shape)
@@ -58,7 +59,7 @@ class ActiveLinear(Function):
         if ctx.by_rows and not _is_differentiated(ctx):
             grad = grad.index_select(1, positions)
         active = grad.t().mm(saved.reshape(-1, saved.shape[-1]))
-        of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
+        of_weight, of_leaf = _delivered(ctx, active, positions, draw)
         return of_input, None, of_weight, of_bias, None, of_leaf, None, None
 
 
@@ -80,10 +81,10 @@ class ActiveConvolution(Function):
         padding: list[int],
         dilation: list[int],
     ) -> Tensor:
-        _remember(ctx, columns, bias, leaf, deliver)
+        _remember(ctx, columns, weight, bias, leaf, deliver)
         ctx.form = stride, padding, dilation, False, [0] * len(stride), 1
         ctx.input_shape = input.shape
-        ctx.save_for_backward(input if columns is None else columns, weight, positions, draw)
+        _save(ctx, input if columns is None else columns, weight, positions, draw)
         output: Tensor = _aten.convolution(input, weight, bias, *ctx.form)
         return output
 
@@ -97,8 +98,8 @@ class ActiveConvolution(Function):
         of_bias = grad.sum(dims) if ctx.has_bias else None
         if ctx.by_rows and not _is_differentiated(ctx):
             grad = grad.index_select(1, positions)
-        active = _gradient_of_filters(ctx, grad, saved, weight)
-        of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
+        active = _gradient_of_filters(ctx, grad, saved)
+        of_weight, of_leaf = _delivered(ctx, active, positions, draw)
         return of_input, None, of_weight, of_bias, None, of_leaf, *[None] * 5
 
 
@@ -117,16 +118,16 @@ class ActiveEmbedding(Function):
         draw: Tensor | None,
         by_rows: bool,
     ) -> Tensor:
-        _remember(ctx, None if by_rows else input, None, leaf, deliver)
+        _remember(ctx, None if by_rows else input, weight, None, leaf, deliver)
         ctx.padding_idx = padding_idx
-        ctx.save_for_backward(input, weight, positions, draw)
+        ctx.save_for_backward(input, positions, draw)
         output: Tensor = _aten.embedding(weight, input, padding_idx)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        input, weight, positions, draw = ctx.saved_tensors
-        rows, width = weight.shape
+        input, positions, draw = ctx.saved_tensors
+        rows, width = ctx.weight_shape
         if _is_differentiated(ctx):
             whole = _aten.embedding_dense_backward(grad, input, rows, ctx.padding_idx, False)
             return None, whole, *[None] * 6
@@ -142,15 +143,42 @@ class ActiveEmbedding(Function):
         else:
             grad = grad.index_select(1, positions) * kept[:, None]
             active = grad.new_zeros(rows, positions.shape[0]).index_add(0, input, grad)
-        of_weight, of_leaf = _delivered(ctx, active, weight, positions, draw)
+        of_weight, of_leaf = _delivered(ctx, active, positions, draw)
         return None, of_weight, None, None, of_leaf, None, None, None
 
 
+class _WithZeros(Function):
+    """The active columns of a gradient, with zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, active: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+        return active.new_zeros(shape).index_copy(1, positions, active)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "cannot differentiate through the gradient of a weight of which only the active "
+            "columns were computed (grad_layout='active', granularity='column'): use "
+            "granularity='row' or grad_layout='packed', with which it is whole"
+        )
+
+
 def _remember(
-    ctx: Any, columns: Tensor | None, bias: Tensor | None, leaf: Tensor | None, deliver: Any
+    ctx: Any,
+    columns: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    leaf: Tensor | None,
+    deliver: Any,
 ) -> None:
     ctx.by_rows, ctx.has_bias, ctx.deliver = columns is None, bias is not None, deliver
+    ctx.weight_shape = weight.shape
     ctx.leaf_dtype = None if leaf is None else leaf.dtype
+
+
+def _save(ctx: Any, input: Tensor, weight: Tensor, positions: Tensor, draw: Tensor | None) -> None:
+    """The weight only where backward reads it: it may change until then, as in a plain layer."""
+    ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None, positions, draw)
 
 
 def _is_differentiated(ctx: Any) -> bool:
@@ -159,23 +187,26 @@ def _is_differentiated(ctx: Any) -> bool:
 
 
 def _delivered(
-    ctx: Any, active: Tensor, weight: Tensor, positions: Tensor, draw: Tensor | None
+    ctx: Any, active: Tensor, positions: Tensor, draw: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and leaf."""
     if ctx.deliver is None:
         return None, active.to(ctx.leaf_dtype)
     if not _is_differentiated(ctx):
-        return ctx.deliver(active, weight, draw), None
-    if not ctx.by_rows:
-        active = active.new_zeros(weight.shape).index_copy(1, positions, active)
-    return active, None
+        return ctx.deliver(active, draw), None
+    return active if ctx.by_rows else _with_zeros(active, positions, ctx.weight_shape), None
+
+
+def _with_zeros(active: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    whole: Tensor = _WithZeros.apply(active, positions, shape)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
     """Of a convolution, whose input was not saved."""
     of_input: Tensor
     shape = ctx.input_shape
-    if _is_pointwise(ctx, grad, weight):
+    if _is_pointwise(ctx, grad):
         matrix = weight.flatten(1).t()
         product = matrix.expand(grad.shape[0], *matrix.shape).bmm(grad.flatten(2))
         product = product.view(shape[0], shape[1], *grad.shape[2:])
@@ -193,10 +224,10 @@ def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
     return of_input
 
 
-def _gradient_of_filters(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+def _gradient_of_filters(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
     """Of those outputs and input channels that are given."""
-    kernel = weight.shape[2:]
-    if _is_pointwise(ctx, grad, weight) and input.is_contiguous():
+    kernel = ctx.weight_shape[2:]
+    if _is_pointwise(ctx, grad) and input.is_contiguous():
         product = grad.flatten(2).bmm(input[_seen(ctx)].flatten(2).transpose(1, 2))
         return product.sum(0).view(*product.shape[1:], *kernel)
     filters = grad.new_zeros(grad.shape[1], input.shape[1], *kernel)  # not read
@@ -207,10 +238,10 @@ def _gradient_of_filters(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) 
     return of_filters
 
 
-def _is_pointwise(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
+def _is_pointwise(ctx: Any, grad: Tensor) -> bool:
     """Whether a convolution is a product of matrices, which takes a half of the time or less."""
     _, padding, *_ = ctx.form
-    return weight[0, 0].numel() == 1 and not any(padding) and grad.is_contiguous()
+    return ctx.weight_shape[2:].numel() == 1 and not any(padding) and grad.is_contiguous()
 
 
 def _seen(ctx: Any) -> tuple[Any, ...]:

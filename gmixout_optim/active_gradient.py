@@ -50,6 +50,10 @@ class Mark:
         leaf: takes the gradient in compiled code, which a tensor subclass would not pass; without
             memory of its own.
         draw: the draw, 0-d on the CPU.
+        form: shape and dtype of the weight.
+        has_leaf: whether compiled code may use the leaf: not where somebody has hooks on the
+            weight, which it would pass by, nor where sets vary in size, which would have it
+            compiled again.
     """
 
     def __init__(self, member: Member, by_rows: bool) -> None:
@@ -60,6 +64,10 @@ class Mark:
         self.by_rows = by_rows
         self.number = member.run.draws
         self.member = weakref.ref(member)
+        self.form = cells.form
+        self.has_leaf = _may_have_leaf(member)
+        like = torch.empty_strided(grid.shape, grid.strides, device="meta")
+        self.deliver = partial(_packed, self.member, like)
         self.draw = torch.tensor(self.number, device="cpu")
         self.blocks, self.block = chosen, 1
         if by_rows:
@@ -72,7 +80,7 @@ class Mark:
             shape = (grid.shape[0], self.positions.shape[0], *grid.shape[2:])
         leaf = torch.empty(1, dtype=cells.local.dtype, device=device).expand(shape)
         self.leaf = leaf.detach().requires_grad_()
-        hook = partial(_receive, member=self.member, draw=self.draw)  # no cycle through the mark
+        hook = partial(_receive, member=self.member, deliver=self.deliver, draw=self.draw)
         self.leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def fits(self, member: Member) -> bool:
@@ -80,7 +88,9 @@ class Mark:
         return (
             self.member() is member
             and self.number == member.run.draws
-            and (self.leaf.device, self.leaf.dtype) == (cells.local.device, cells.local.dtype)
+            and self.form == cells.form
+            and self.leaf.device == cells.local.device
+            and self.has_leaf == _may_have_leaf(member)
         )
 
     def columns_of(self, input: Tensor) -> Tensor:
@@ -88,30 +98,35 @@ class Mark:
         blocks = input.reshape(*input.shape[:-1], -1, self.block)
         return blocks.index_select(-2, self.blocks).flatten(-2)
 
-    def deliver(self, active: Tensor, like: Tensor, draw: Tensor) -> PackedGradient:
-        """The gradient of a weight with the shape and strides of ``like``."""
-        return _packed(active, self.member, like, draw)
-
     def __reduce__(self) -> tuple[Any, ...]:
         # Somebody pickles or copies the parameter; torch.load(weights_only=True) knows this type.
         return torch.Size, ()
 
 
+def _may_have_leaf(member: Member) -> bool:
+    hooks = len(member.param._post_accumulate_grad_hooks or ())
+    is_hooked = member.param._backward_hooks or hooks > 1  # one is that which packs
+    return member.run.sampler == "stratified" and not is_hooked
+
+
 def _packed(
-    active: Tensor, member: weakref.ref[Member], like: Tensor, draw: Tensor
+    member: weakref.ref[Member], like: Tensor, active: Tensor, draw: Tensor
 ) -> PackedGradient:
+    """The gradient of a weight with the shape and strides of ``like``."""
     owner = member()
     if owner is not None:
         owner.gradient_kind = "active"
     return PackedGradient(active.reshape(-1), member, like, int(draw))
 
 
-def _receive(leaf: Tensor, *, member: weakref.ref[Member], draw: Tensor) -> None:
+def _receive(
+    leaf: Tensor, *, member: weakref.ref[Member], deliver: Callable[..., Any], draw: Tensor
+) -> None:
     """What compiled code gave the leaf goes to the parameter."""
     grad, leaf.grad = leaf.grad, None
     owner = member()
     if owner is not None and grad is not None:
-        accumulate(owner.param, _packed(grad, member, owner.param, draw))
+        accumulate(owner.param, deliver(grad, draw))
 
 
 # The marked parameters, by id.
@@ -174,7 +189,7 @@ def _mark_of(input: Any, weight: Any, multiply_adds: Callable[[], int]) -> Mark 
     if type(mark) is not Mark or not torch.is_grad_enabled() or not weight.requires_grad:
         return None
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or not mark.has_leaf:
             return None
     elif not _is_plain(input) or not _is_eager() or not _is_of(mark, weight):
         return None
@@ -183,10 +198,14 @@ def _mark_of(input: Any, weight: Any, multiply_adds: Callable[[], int]) -> Mark 
             "grad_layout='active' does not work with DistributedDataParallel, whose reducer needs "
             "whole gradients: use grad_layout='dense'"
         )
-    is_usable = len(mark.positions) > 0 and mark.positions.device == weight.device
-    if not is_usable or multiply_adds() < LEAST_MULTIPLY_ADDS:
-        return None
-    return mark
+    is_usable = (
+        len(mark.positions) > 0
+        and mark.positions.device == weight.device
+        and mark.form == (weight.dtype, weight.shape)
+        and input.layout == torch.strided
+        and not input.is_nested
+    )
+    return mark if is_usable and multiply_adds() >= max(1, LEAST_MULTIPLY_ADDS) else None
 
 
 def _is_plain(input: Any) -> bool:
@@ -228,11 +247,11 @@ def _arguments(mark: Mark, weight: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
 
 def _wrapped_linear(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(original)
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **more: Any) -> Tensor:
         mark = _mark_of(input, weight, lambda: input.numel() * weight.shape[0])
         dtype = None if mark is None else _dtype_of(input, weight, bias)
-        if mark is None or dtype is None:
-            return original(input, weight, bias)
+        if mark is None or dtype is None or more or input.shape[-1:] != weight.shape[1:]:
+            return original(input, weight, bias, **more)
         input = input.to(dtype)
         columns = None if mark.by_rows else mark.columns_of(input)
         weight, ends = _arguments(mark, weight)
@@ -257,21 +276,16 @@ def _wrapped_conv(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def usual() -> Tensor:
             return original(input, weight, bias, stride, padding, dilation, groups)
 
-        if groups != 1 or isinstance(padding, str) or type(weight) is not nn.Parameter:
-            return usual()
-        dims = weight.ndim - 2
-        steps = [stride] * dims if isinstance(stride, int) else list(stride)
         mark = None
-        if len(steps) == dims and input.ndim == weight.ndim:
-            outputs = input[0, 0].numel() // torch.Size(steps).numel() * input.shape[0]
-            work = outputs * weight.numel() // _OF_CONVOLUTIONS
-            mark = _mark_of(input, weight, lambda: work)
+        if groups == 1 and not isinstance(padding, str):
+            mark = _mark_of(input, weight, lambda: _work(input, weight, stride))
         dtype = None if mark is None else _dtype_of(input, weight, bias)
         if mark is None or dtype is None:
             return usual()
+        if input.ndim != weight.ndim or input.shape[1] != weight.shape[1]:
+            return usual()
+        steps, pads, gaps = (_each(value, weight) for value in (stride, padding, dilation))
         input = input.to(dtype)
-        pads = [padding] * dims if isinstance(padding, int) else list(padding)
-        gaps = [dilation] * dims if isinstance(dilation, int) else list(dilation)
         columns = None if mark.by_rows else input.index_select(1, mark.positions)
         weight, ends = _arguments(mark, weight)
         bias = None if bias is None else bias.to(dtype)
@@ -281,6 +295,19 @@ def _wrapped_conv(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return output
 
     return conv
+
+
+def _each(value: Any, weight: Tensor) -> list[int]:
+    """An argument of a convolution for each dimension of its kernel."""
+    given = list(value) if isinstance(value, tuple | list) else [value]
+    return [int(each) for each in given] * (1 if len(given) > 1 else weight.ndim - 2)
+
+
+def _work(input: Tensor, weight: Tensor, stride: Any) -> int:
+    """What of its multiply-adds counts of a convolution."""
+    steps = torch.Size(_each(stride, weight)).numel()
+    pixels = input.numel() // max(1, weight.shape[1] * steps)
+    return pixels * weight.numel() // _OF_CONVOLUTIONS
 
 
 def _wrapped_embedding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -312,14 +339,14 @@ def _wrapped_embedding(original: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 def _wrapped_script(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def script(obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(obj, nn.Module):
+    def script(obj: Any, *args: Any, _frames_up: int = 0, **kwargs: Any) -> Any:
+        if isinstance(obj, nn.Module) and _marked:
             raise RuntimeError(
                 "torch.jit.script() cannot compile modules while a GMixoutOptimizer with "
                 "grad_layout='active' is alive, which wraps the functionals that they call: script "
                 "the model before, or call consolidate() first, or use grad_layout='packed'"
             )
-        return original(obj, *args, **kwargs)
+        return original(obj, *args, _frames_up=_frames_up + 1, **kwargs)
 
     return script
 

@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 # Of the active values these are what they are of the whole gradient, whose other elements are zero.
 _NORMS = {_aten.linalg_vector_norm, _aten.norm, _aten._foreach_norm}
 _REDUCTIONS = {_aten.linalg_vector_norm, _aten.norm, _aten.any, _aten._is_any_true}
-_IN_PLACE = {_aten.mul_, _aten.div_, _aten.clamp_}
+_IN_PLACE = {_aten.mul_, _aten.div_, _aten.clamp_, _aten.nan_to_num_}
 _OF_LISTS = {
     _aten._foreach_norm,
     _aten._foreach_mul_,
@@ -34,6 +34,8 @@ _SAME_KIND = {
     _aten.div,
     _aten.isnan,
     _aten.isinf,
+    _aten.nan_to_num,
+    _aten.clamp,
 }
 
 
@@ -161,7 +163,8 @@ class PackedGradient(Tensor):
         # Autograd adds up what several uses of a weight gave.
         if kind is _aten.add and not kwargs:
             ours, other = args if isinstance(first, cls) else args[::-1]
-            return ours.clone()._accumulate(other)
+            if not isinstance(other, torch.nn.Parameter):
+                return ours.clone()._accumulate(other)
         if kind is _aten.add_ and not kwargs:
             return first.add_(args[1].dense())
         raise RuntimeError(
@@ -210,6 +213,7 @@ def accumulate(param: Tensor, grad: PackedGradient) -> None:
 def _active_part(member: Member, grad: Tensor) -> Tensor:
     """The active part of a dense gradient, in its dtype, in the running episode."""
     with torch.no_grad():
+        grad = grad if grad.layout == torch.strided else grad.to_dense()
         return mixing.gather_gradient(member.cells.grid.view(grad), member.index())
 
 
@@ -232,7 +236,7 @@ def _keeps_zeros(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
             and kwargs.keys() <= {"dtype"}
             and (len(args) < 2 or args[1] is None or args[1] > 0)
         )
-    if kind is _aten.clamp_:
+    if kind in (_aten.clamp, _aten.clamp_):
         return len(rest) == 2 and None not in rest and rest[0] <= 0 <= rest[1]
     return kind is not _aten.any or not rest
 

@@ -665,30 +665,33 @@ def test_a_penalty_on_the_gradient_of_the_input(granularity: str, amp: bool) -> 
     torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
 
 
-class _Nothing(nn.Module):
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-        return (hidden,)
+def test_a_gradient_that_is_differentiated_is_whole_by_row() -> None:
+    layers = [nn.Linear(64, 40).double(), nn.Linear(64, 40).double()]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizer = wrap(layers[0], granularity="row")
+    inputs = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for layer in layers:
+        loss = layer(inputs).pow(3).sum()
+        (grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+        grad.square().sum().backward()
+        seconds.append((grad, layer.weight.grad))
+    torch.testing.assert_close(seconds[0][0], seconds[1][0])
+    mask = optimizer.active_mask(layers[0].weight)
+    ours = seconds[0][1]
+    ours = ours.dense() if isinstance(ours, PackedGradient) else torch.where(mask, ours, 0.0)
+    torch.testing.assert_close(ours, torch.where(mask, seconds[1][1], 0.0))
 
 
-def test_gradients_that_are_differentiated_are_dense() -> None:
-    """All of them by row; on the active columns by column, whose input was not saved elsewhere."""
-    for granularity in ("row", "column"):
-        model, plain = net(), net()
-        model.attention = plain.attention = _Nothing()
-        optimizer = wrap(model, granularity=granularity)
-        mask = optimizer.active_mask(model.up.weight)
-        seconds = []
-        for each in (model, plain):
-            (grad,) = torch.autograd.grad(loss_of(each, 0), each.up.weight, create_graph=True)
-            assert type(grad) is Tensor
-            kept = mask if granularity == "column" else torch.ones_like(mask)
-            (second,) = torch.autograd.grad((grad * kept).square().sum(), each.down.weight)
-            second = second.dense() if isinstance(second, PackedGradient) else second
-            seconds.append(torch.where(optimizer.active_mask(model.down.weight), second, 0.0))
-            if each is plain:
-                torch.testing.assert_close(seconds[0], second * (seconds[0] != 0))
-        torch.testing.assert_close(*seconds)
-        optimizer.consolidate()
+def test_by_column_it_cannot_be_differentiated() -> None:
+    """It has zeros where the true one has none; a penalty on it would be another one."""
+    layer = nn.Linear(64, 40)
+    optimizer = wrap(layer)
+    loss = layer(torch.randn(5, 64)).pow(3).sum()
+    (grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+    assert torch.equal(grad != 0, optimizer.active_mask(layer.weight))
+    with pytest.raises(RuntimeError, match=r"granularity='column'.*grad_layout='packed'"):
+        grad.square().sum().backward()
 
 
 def test_transforms_of_torch_func_are_dense() -> None:
@@ -745,3 +748,142 @@ def test_distributed_data_parallel_is_refused(tmp_path: Any) -> None:
             model(tokens(0))
     finally:
         torch.distributed.destroy_process_group()
+
+
+# What users do
+
+
+@pytest.mark.parametrize("granularity", ["column", "row"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_changes_before_it_is_trained(granularity: str, compiled: bool) -> None:
+    """Its shape, as when a vocabulary grows, or its dtype."""
+    for change in (lambda old: torch.randn(42, 66).to(old.dtype), lambda old: old.bfloat16()):
+        torch._dynamo.reset()
+        layer = nn.Linear(64, 42)
+        optimizer = wrap(layer, granularity=granularity)
+        layer.weight.data = change(layer.weight.data)
+        layer.bias.data = layer.bias.data.to(layer.weight.dtype)
+        call = torch.compile(layer, backend="aot_eager") if compiled else layer
+        inputs = torch.ones(3, layer.weight.shape[1], dtype=layer.weight.dtype)
+        call(inputs).float().sum().backward()
+        mask = optimizer.active_mask(layer.weight)
+        assert_equal(layer.weight.grad.dense(), torch.where(mask, 3.0, 0.0).to(inputs.dtype))
+        optimizer.step()
+        optimizer.zero_grad()
+        call(inputs).float().sum().backward()
+        assert kinds(optimizer)["weight"] == "active"
+
+
+def test_a_loss_from_before_a_step() -> None:
+    """A plain layer does not save its weight where its input needs no gradient."""
+    for layer, inputs in (
+        (nn.Linear(64, 40), torch.randn(3, 64)),
+        (nn.Conv1d(40, 36, 3), torch.randn(2, 40, 7)),
+        (nn.Embedding(36, 40), torch.arange(6)),
+    ):
+        optimizer = wrap(layer, resample_every=None)
+        earlier = layer(inputs).square().sum()
+        layer(inputs).square().sum().backward()
+        optimizer.step()
+        earlier.backward()
+        optimizer.step()
+        optimizer.consolidate()
+
+
+def test_arguments_of_convolutions() -> None:
+    model = net()
+    optimizer = wrap(model)
+    numpy = pytest.importorskip("numpy")
+    free = nn.Parameter(torch.randn(4, 40, 3, dtype=torch.float64))
+    inputs = torch.randn(2, 40, 9, dtype=torch.float64)
+    for weight in (free, model.conv.weight[:, :40].detach(), nn.Parameter(free.detach())):
+        for argument in (2, (2,), [2], numpy.int64(2)):
+            for name in ("stride", "padding", "dilation"):
+                inner = FUNCTIONALS["conv1d"](inputs, weight[:, :40], **{name: argument})
+                assert_equal(F.conv1d(inputs, weight[:, :40], **{name: argument}), inner)
+    hidden = torch.randn(2, 64, 9, dtype=torch.float64)
+    for argument in (2, (2,), [2], numpy.int64(2)):
+        for name in ("stride", "padding", "dilation"):
+            ours = F.conv1d(hidden, model.conv.weight, **{name: argument})
+            plain = FUNCTIONALS["conv1d"](hidden, model.conv.weight, **{name: argument})
+            torch.testing.assert_close(ours, plain)
+            ours.sum().backward()
+            assert kinds(optimizer)["conv.weight"] == "active"
+    for empty in (torch.randn(0, 40, 9).double(), torch.randn(0, 64, 9).double()):
+        weight = free if empty.shape[1] == 40 else model.conv.weight
+        F.conv1d(empty, weight).sum().backward()
+    assert F.linear(hidden[:0, 0, :1].expand(0, 64), model.up.weight).shape == (0, 96)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model.up(torch.randn(3, 63).double())
+    with pytest.raises(RuntimeError, match="channels"):
+        model.conv(inputs)
+
+
+def test_inputs_that_are_not_strided() -> None:
+    layer = nn.Linear(64, 40)
+    optimizer = wrap(layer)
+    rows = torch.randn(3, 64)
+    layer(rows.to_sparse()).sum().backward()
+    nested = torch.nested.nested_tensor([rows, rows[:2]], layout=torch.jagged)
+    layer(nested).values().sum().backward()
+    assert kinds(optimizer)["weight"] == "packed"
+    whole = 2 * rows.sum(0) + rows[:2].sum(0)
+    expected = torch.where(optimizer.active_mask(layer.weight), whole, 0.0)
+    torch.testing.assert_close(layer.weight.grad.dense(), expected)
+
+
+def test_a_tied_embedding_with_sparse_gradients() -> None:
+    """Added to the dense one of the output layer, as autograd does."""
+    runs = []
+    for grad_layout in ("packed", "active"):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(40, 64, sparse=True).double()
+        optimizer = wrap(embedding, grad_layout, base=SGD)
+        for step in range(4):
+            optimizer.zero_grad()
+            hidden = embedding(torch.arange(step, 40, 3))
+            F.linear(hidden, embedding.weight).square().sum().mul(1e-4).backward()
+            optimizer.step()
+        runs.append(weights(embedding))
+        optimizer.consolidate()
+    torch.testing.assert_close(*runs)
+
+
+def test_hooks_that_keep_zeros() -> None:
+    model = net()
+    optimizer = wrap(model)
+    weight = model.up.weight
+    weight.register_hook(lambda grad: torch.nan_to_num(grad.clamp(-1e-3, 1e-3)))
+    loss_of(model, 0).backward()
+    assert 0 < float(weight.grad.active.abs().max()) <= 1e-3
+    with pytest.raises(RuntimeError, match="packed gradient"):
+        weight + weight.grad
+    optimizer.step()
+
+
+def test_scripts_of_functions_and_classes_are_compiled_as_ever() -> None:
+    from torch.jit import script
+
+    optimizer = wrap(net())
+    from torch.jit import script as bound
+
+    size = 3
+
+    @torch.jit.script
+    class Counter:
+        def __init__(self) -> None:
+            self.value = 0
+
+        def add(self, by: int) -> int:
+            self.value += by
+            return self.value
+
+    @torch.jit.script
+    def count(by: int) -> int:
+        counter = Counter()
+        return counter.add(by)
+
+    assert count(size) == 3
+    optimizer.consolidate()
+    for each in (script, bound):
+        each(nn.Linear(3, 3))

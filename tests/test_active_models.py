@@ -195,6 +195,53 @@ def test_a_compiled_model_outlives_its_optimizer() -> None:
     )
 
 
+def test_sets_that_vary_in_size_do_not_compile_again() -> None:
+    """Compiled code makes dense gradients for them."""
+    model = deep()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = wrap(model, sampler="bernoulli", resample_every=1)
+    for step in range(12):
+        optimizer.zero_grad()
+        compiled(tokens(step)).square().mean().backward()
+        optimizer.step()
+    assert counter.frame_count == 1
+    assert set(kinds(optimizer).values()) == {"packed", "dense"}
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_weights_with_hooks_have_dense_gradients_in_compiled_code(kind: str) -> None:
+    """Where they would be passed by; seen when the optimizer is built, and at each step."""
+
+    def scale(grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+    def scale_in_place(param: Tensor) -> None:
+        param.grad.mul_(0.5)
+
+    hook = scale if kind == "register_hook" else scale_in_place
+    for is_early in (True, False):
+        torch._dynamo.reset()
+        model, plain = deep(), deep()
+        weight = model.blocks[0].weight
+        if is_early:
+            getattr(weight, kind)(hook)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        optimizer = wrap(model, resample_every=None, base=partial(torch.optim.SGD, lr=0.0))
+        compiled(tokens(0)).sum().backward()
+        if not is_early:
+            assert kinds(optimizer)["blocks.0.weight"] == "active"
+            getattr(weight, kind)(hook)
+            optimizer.step()
+            optimizer.zero_grad()
+            compiled(tokens(0)).sum().backward()
+        plain(tokens(0)).sum().backward()
+        expected = torch.where(optimizer.active_mask(weight), plain.blocks[0].weight.grad, 0.0)
+        torch.testing.assert_close(weight.grad.dense(), 0.5 * expected)
+        assert kinds(optimizer)["blocks.0.weight"] == "packed"
+        assert kinds(optimizer)["blocks.1.weight"] == "active"
+
+
 def test_a_gradient_that_compiled_code_cannot_give_is_not_given_silently() -> None:
     model = nn.Linear(64, 40)
     optimizer = wrap(model)
