@@ -43,7 +43,7 @@ class ActiveLinear(Function):
         deliver: Any,
         draw: Tensor | None,
     ) -> Tensor:
-        _remember(ctx, columns, weight, bias, leaf, deliver)
+        _remember(ctx, columns, weight, leaf, deliver)
         _save(ctx, input if columns is None else columns, weight, positions, draw)
         output: Tensor = _aten.linear(input, weight, bias)
         # In-place operations on a view that was made in here would raise.
@@ -55,7 +55,7 @@ class ActiveLinear(Function):
         saved, weight, positions, draw = ctx.saved_tensors
         of_input = grad.matmul(weight) if ctx.needs_input_grad[0] else None
         grad = grad.reshape(-1, grad.shape[-1])
-        of_bias = grad.sum(0) if ctx.has_bias else None
+        of_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
         if ctx.by_rows and not _is_differentiated(ctx):
             grad = grad.index_select(1, positions)
         active = grad.t().mm(saved.reshape(-1, saved.shape[-1]))
@@ -81,7 +81,7 @@ class ActiveConvolution(Function):
         padding: list[int],
         dilation: list[int],
     ) -> Tensor:
-        _remember(ctx, columns, weight, bias, leaf, deliver)
+        _remember(ctx, columns, weight, leaf, deliver)
         ctx.form = stride, padding, dilation, False, [0] * len(stride), 1
         ctx.input_shape = input.shape
         _save(ctx, input if columns is None else columns, weight, positions, draw)
@@ -95,7 +95,7 @@ class ActiveConvolution(Function):
         if ctx.needs_input_grad[0]:
             of_input = _gradient_of_input(ctx, grad, weight)
         dims = [dim for dim in range(grad.ndim) if dim != 1]
-        of_bias = grad.sum(dims) if ctx.has_bias else None
+        of_bias = grad.sum(dims) if ctx.needs_input_grad[3] else None
         if ctx.by_rows and not _is_differentiated(ctx):
             grad = grad.index_select(1, positions)
         active = _gradient_of_filters(ctx, grad, saved)
@@ -118,7 +118,7 @@ class ActiveEmbedding(Function):
         draw: Tensor | None,
         by_rows: bool,
     ) -> Tensor:
-        _remember(ctx, None if by_rows else input, weight, None, leaf, deliver)
+        _remember(ctx, None if by_rows else input, weight, leaf, deliver)
         ctx.padding_idx = padding_idx
         ctx.save_for_backward(input, positions, draw)
         output: Tensor = _aten.embedding(weight, input, padding_idx)
@@ -164,15 +164,9 @@ class _WithZeros(Function):
 
 
 def _remember(
-    ctx: Any,
-    columns: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    leaf: Tensor | None,
-    deliver: Any,
+    ctx: Any, columns: Tensor | None, weight: Tensor, leaf: Tensor | None, deliver: Any
 ) -> None:
-    ctx.by_rows, ctx.has_bias, ctx.deliver = columns is None, bias is not None, deliver
-    ctx.weight_shape = weight.shape
+    ctx.by_rows, ctx.deliver, ctx.weight_shape = columns is None, deliver, weight.shape
     ctx.leaf_dtype = None if leaf is None else leaf.dtype
 
 

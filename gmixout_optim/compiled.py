@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import cache, lru_cache
 from types import FunctionType
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -85,10 +86,6 @@ class Compiler:
 
     def step(self, members: list[Member]) -> list[Member]:
         """Gather, step, write. Returns the members that could not be compiled, as they were."""
-        if not members:
-            return []
-        from torch._dynamo.exc import TorchDynamoException  # slow to import
-
         failed: list[Member] = []
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
         _move_step_counts(members, self.base.state)
@@ -98,30 +95,58 @@ class Compiler:
                 options = self._options(some[0])
                 made_for = (plain, form_of_options(options, numbers=True), key, len(some))
                 states = [self.base.state[member.param] for member in some]
-                try:
-                    _kernel(packed_step, made_for)(
-                        items,
-                        enter=step_plain,
-                        states=states,
-                        plain=plain,
-                        options=options,
-                    )
-                except TorchDynamoException as error:
+                entered = dict(enter=step_plain, states=states, plain=plain, options=options)
+                if not self._run(packed_step, made_for, items, **entered):
                     failed += some
-                    self._give_up(error)
         return failed
 
-    def begin_episode(self, members: list[Member]) -> None:
-        """Copy the active cells of the model into the anchors."""
+    def draw(self, members: list[Member]) -> None:
+        """Draw their index sets."""
+        for member in members:
+            if self.wanted is False or not self._tried(member.index, compiled_draw()):
+                member.index()
+
+    def begin_episode(self, members: list[Member]) -> list[Member]:
+        """Copy the active cells of the model into the anchors. Returns as :meth:`step` does."""
+        failed: list[Member] = []
         for key, some in _batches(members, _form_of):
-            kernel = _kernel(mixing.copy_active_, (key, len(some)))
             views = [member.cells.view() for member in some]
             indices = [member.index() for member in some]
-            kernel(views, indices, [slot_of(member).anchor for member in some])
+            anchors = [slot_of(member).anchor for member in some]
+            made_for = key, len(some)
+            if not self._run(mixing.copy_active_, made_for, views, indices, anchors):
+                failed += some
+                continue
             for member in some:
                 slot = slot_of(member)
                 if slot.value is not None:
                     slot.value.copy_(slot.anchor)
+        return failed
+
+    def _run(self, function: Any, key: Hashable, *args: Any, **kwargs: Any) -> bool:
+        """Call a function as compiled code; False where that cannot be had: nothing has happened.
+
+        Code is compiled at its first call, before it does anything. What fails later, fails for a
+        reason of its own.
+        """
+        if self.wanted is False:
+            return False
+        kernel = _kernel(function, key)
+        if kernel in _proven:
+            kernel(*args, **kwargs)
+            return True
+        if self._tried(kernel, *args, **kwargs):
+            _proven.add(kernel)
+            return True
+        return False
+
+    def _tried(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # a compiler may fail with any
+            self._give_up(error)
+            return False
+        return True
 
     def _wants(self, member: Member) -> bool:
         if member.cells.local.is_cuda:
@@ -240,6 +265,10 @@ def _batches(
         size = _GPU_TENSORS if is_launched(some[0].param) else _CPU_TENSORS
         for start in range(0, len(some), size):
             yield key, some[start : start + size]
+
+
+# Compiled code that has run.
+_proven: WeakSet[Callable[..., Any]] = WeakSet()
 
 
 @lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ from gmixout_optim.bases import (
     per_cell_state,
     step_is_its_own,
 )
-from gmixout_optim.compiled import Compiler, compiled_draw
+from gmixout_optim.compiled import Compiler
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members
 from gmixout_optim.packed_gradient import PackedGradient
@@ -144,17 +144,16 @@ class PackedLayout(Layout):
 
     def _begin_episodes(self, members: list[Member]) -> None:
         compiled, eager = self.compiler.split(members)
-        for member in compiled:
-            member.index(compiled_draw())
+        self.compiler.draw(compiled)
         for member in self.members:
             shape = new_shape = member.cells.form[1]
             if member.slot is not None:
                 size = member.cells.grid.size_at(member.index())
                 shape, new_shape = member.slot.anchor.shape, torch.Size([size])
             self._renew_state(member, shape, new_shape)
+        eager += self.compiler.begin_episode(compiled)
         for member in eager:
             self.residual.begin_episode(member)
-        self.compiler.begin_episode(compiled)
 
     def pack_state(self) -> None:
         for member in self.members.trained():

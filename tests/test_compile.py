@@ -249,6 +249,58 @@ def test_what_cannot_be_compiled_steps_eagerly(monkeypatch: pytest.MonkeyPatch) 
     assert_equal(params, others)
 
 
+@pytest.mark.parametrize("error", [TorchDynamoException, RuntimeError, OSError])
+@pytest.mark.parametrize("where", ["packed_step", "copy_active_", "draw"])
+def test_a_compiler_that_fails_anywhere_costs_nothing_but_time(
+    where: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a redraw, too: anchors have moved there, and the next episode has begun."""
+    from gmixout_optim import compiled
+
+    def fails(*_: object, **__: object) -> None:
+        raise error("no compiler here")
+
+    make = compiled._kernel
+    params, others = parameters(), parameters()
+    optimizer, eager = adamw(params, True), adamw(others, False)
+    if where == "draw":
+        monkeypatch.setattr(compiled, "compiled_draw", lambda: fails)
+    else:
+        monkeypatch.setattr(
+            compiled, "_kernel", lambda of, key: fails if of.__name__ == where else make(of, key)
+        )
+    with pytest.warns(UserWarning, match="could not be compiled.*no compiler here"):
+        take_steps(params, optimizer, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take_steps(params, optimizer, 4)
+    take_steps(others, eager, 4)
+    take_steps(others, eager, 4)
+    assert (optimizer.episode, optimizer.steps_in_episode) == (2, 2)
+    torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-6)
+    assert_equal(
+        [optimizer.active_mask(param) for param in params],
+        [eager.active_mask(other) for other in others],
+    )
+
+
+def test_compiled_code_that_has_run_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have written something already."""
+    from gmixout_optim import compiled
+
+    params = parameters()
+    optimizer = adamw(params, True)
+    take_steps(params, optimizer, 2)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(compiled, "_kernel", lambda of, key: fails)
+    monkeypatch.setattr(compiled, "_proven", {fails})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(rescale=True)], ids=["plain", "rescale"])
 @pytest.mark.parametrize("anchor_decay", [0.0, 0.3, 0.9, 0.999, 1.0])
 def test_invariants_8_and_9_hold_to_the_last_bit(anchor_decay: float, settings: dict) -> None:
@@ -345,6 +397,28 @@ def test_the_form_for_all_tensors_at_once(case: Case, monkeypatch: pytest.Monkey
     compiled, _, graphs = run(case, compile=True)
     assert graphs[3:] == [graphs[3]] * len(graphs[3:])
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["column", "row", 4])
+def test_wide_cells_compiled_as_on_a_gpu(
+    granularity: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gmixout_optim.compiled.is_launched", lambda tensor: True)
+    monkeypatch.setattr("gmixout_optim.compiled.Compiler._wants", lambda self, member: True)
+    runs = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        shapes = [(6, 96), (6, 96), (4, 40, 3, 3), (30,)]
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        params[2].data = params[2].data.to(memory_format=torch.channels_last)
+        optimizer = adamw(params, compile, granularity=granularity)
+        take_steps(params, optimizer, 8)
+        made = graphs()
+        take_steps(params, optimizer, 4)
+        assert graphs() == made
+        assert (made > 0) == compile
+        runs.append([param.detach() for param in params])
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -304,7 +304,7 @@ def test_bad_input() -> None:
     with pytest.raises(TypeError, match="stochastic_rounding must be a bool, got 1"):
         GMixoutOptimizer(base, stochastic_rounding=1)
     with pytest.raises(
-        ValueError, match="grad_layout must be one of 'dense', 'packed', got 'sparse'"
+        ValueError, match="grad_layout must be one of 'dense', 'packed', 'active', got 'sparse'"
     ):
         GMixoutOptimizer(base, grad_layout="sparse")
     with pytest.raises(TypeError, match="grad_layout must be a string"):
