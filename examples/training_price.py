@@ -49,13 +49,14 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     (plain,) = [each for each in result["outcomes"] if each["method"] == "AdamW"]
-    for outcome in result["outcomes"]:
+    for outcome in filter(lambda outcome: outcome["step"], result["outcomes"]):
         time, peak = price(result, outcome)
         spread = outcome["step"]["plain_steps"]
         megabytes = outcome["above_model"] / 1e6
+        kept = 12 * outcome["kept"] / plain["kept"]  # AdamW keeps 12 bytes per weight
         lines.append(
             f"| {outcome['method']} | {time:.2f}x ({spread['low']:.2f} to {spread['high']:.2f}) | "
-            f"{peak:.2f}x ({megabytes:,.0f} MB) | {12 * outcome['kept'] / plain['kept']:.2f} |"
+            f"{peak:.2f}x ({megabytes:,.0f} MB) | {kept:.2f} |"
         )
     return "\n".join(lines)
 

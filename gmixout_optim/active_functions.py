@@ -43,7 +43,7 @@ class ActiveLinear(Function):
         deliver: Any,
         draw: Tensor | None,
     ) -> Tensor:
-        _remember(ctx, columns, weight, leaf, deliver)
+        _remember(ctx, columns is None, weight, leaf, deliver)
         _save(ctx, input if columns is None else columns, weight, positions, draw)
         output: Tensor = _aten.linear(input, weight, bias)
         # In-place operations on a view that was made in here would raise.
@@ -81,7 +81,7 @@ class ActiveConvolution(Function):
         padding: list[int],
         dilation: list[int],
     ) -> Tensor:
-        _remember(ctx, columns, weight, leaf, deliver)
+        _remember(ctx, columns is None, weight, leaf, deliver)
         ctx.form = stride, padding, dilation, False, [0] * len(stride), 1
         ctx.input_shape = input.shape
         _save(ctx, input if columns is None else columns, weight, positions, draw)
@@ -118,7 +118,7 @@ class ActiveEmbedding(Function):
         draw: Tensor | None,
         by_rows: bool,
     ) -> Tensor:
-        _remember(ctx, None if by_rows else input, weight, leaf, deliver)
+        _remember(ctx, by_rows, weight, leaf, deliver)
         ctx.padding_idx = padding_idx
         ctx.save_for_backward(input, positions, draw)
         output: Tensor = _aten.embedding(weight, input, padding_idx)
@@ -127,22 +127,20 @@ class ActiveEmbedding(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         input, positions, draw = ctx.saved_tensors
-        rows, width = ctx.weight_shape
+        rows = ctx.weight_shape[0]
         if _is_differentiated(ctx):
             whole = _aten.embedding_dense_backward(grad, input, rows, ctx.padding_idx, False)
             return None, whole, *[None] * 6
-        input, grad = input.reshape(-1), grad.reshape(-1, width)
-        kept = input != ctx.padding_idx
         if ctx.by_rows:
-            # Where each row goes; what is not active goes to one more row, which is dropped.
+            # Where each row goes; what is not active goes to one more row, which is left out.
             count = positions.shape[0]
             places = torch.full((rows,), count, device=grad.device)
             places = places.index_copy(0, positions, torch.arange(count, device=grad.device))
-            places = torch.where(kept, places[input], count)
-            active = grad.new_zeros(count + 1, width).index_add(0, places, grad)[:count]
+            places = torch.where(input == ctx.padding_idx, count, places[input])
+            active = _aten.embedding_dense_backward(grad, places, count + 1, count, False)[:count]
         else:
-            grad = grad.index_select(1, positions) * kept[:, None]
-            active = grad.new_zeros(rows, positions.shape[0]).index_add(0, input, grad)
+            grad = grad.index_select(-1, positions)
+            active = _aten.embedding_dense_backward(grad, input, rows, ctx.padding_idx, False)
         of_weight, of_leaf = _delivered(ctx, active, positions, draw)
         return None, of_weight, None, None, of_leaf, None, None, None
 
@@ -163,10 +161,8 @@ class _WithZeros(Function):
         )
 
 
-def _remember(
-    ctx: Any, columns: Tensor | None, weight: Tensor, leaf: Tensor | None, deliver: Any
-) -> None:
-    ctx.by_rows, ctx.deliver, ctx.weight_shape = columns is None, deliver, weight.shape
+def _remember(ctx: Any, by_rows: bool, weight: Tensor, leaf: Tensor | None, deliver: Any) -> None:
+    ctx.by_rows, ctx.deliver, ctx.weight_shape = by_rows, deliver, weight.shape
     ctx.leaf_dtype = None if leaf is None else leaf.dtype
 
 
@@ -197,7 +193,7 @@ def _with_zeros(active: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
-    """Of a convolution, whose input was not saved."""
+    """The gradient of a convolution's input, which was not saved."""
     of_input: Tensor
     shape = ctx.input_shape
     if _is_pointwise(ctx, grad):
@@ -219,7 +215,7 @@ def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gradient_of_filters(ctx: Any, grad: Tensor, input: Tensor) -> Tensor:
-    """Of those outputs and input channels that are given."""
+    """The gradient of the weight for the outputs and input channels that are given."""
     kernel = ctx.weight_shape[2:]
     if _is_pointwise(ctx, grad) and input.is_contiguous():
         product = grad.flatten(2).bmm(input[_seen(ctx)].flatten(2).transpose(1, 2))

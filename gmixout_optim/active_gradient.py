@@ -34,10 +34,10 @@ from gmixout_optim.packed_gradient import (
 # torch.compile does not guard on the identity of a tensor.
 _MARK = "_gmixout_active"
 
-# Of a layer's product: below, calling the functions takes longer than they save. Convolutions, for
+# Layers with fewer multiply-adds stay dense: the overhead exceeds what is saved. Convolutions, for
 # which backward is called twice, need so many times as many (docs/performance.md has the figures).
 LEAST_MULTIPLY_ADDS = 1 << 22
-_OF_CONVOLUTIONS = 3
+_CONVOLUTION_FACTOR = 3
 
 
 class Mark:
@@ -49,7 +49,9 @@ class Mark:
         blocks, block: int64, the blocks of so many columns that these are.
         leaf: takes the gradient in compiled code, which a tensor subclass would not pass; without
             memory of its own.
-        draw: the draw, 0-d on the CPU.
+        number, draw: of the draw, as an int and 0-d on the CPU.
+        member: whose weight it is.
+        deliver: of the functions.
         form: shape and dtype of the weight.
         has_leaf: whether compiled code may use the leaf: not where somebody has hooks on the
             weight, which it would pass by, nor where sets vary in size, which would have it
@@ -125,7 +127,12 @@ def _receive(
     """What compiled code gave the leaf goes to the parameter."""
     grad, leaf.grad = leaf.grad, None
     owner = member()
-    if owner is not None and grad is not None:
+    if owner is None:
+        raise RuntimeError(
+            "the GMixoutOptimizer of which the forward pass computed active gradients is gone: "
+            "compute the loss again"
+        )
+    if grad is not None:
         accumulate(owner.param, deliver(grad, draw))
 
 
@@ -148,9 +155,14 @@ def take_gradients(member: Member, active: bool) -> None:
     key = id(member.param)
     with _lock:
         if key not in _marked:
-            if not _marked:
-                _wrap_functionals()
             _marked[key] = weakref.finalize(member, _unmark, member.param)
+        if not _in_place:
+            _wrap_functionals()
+
+
+def can_be_active(member: Member) -> bool:
+    """Whether its cells are such that a part of a product gives the gradient."""
+    return _is_by_rows(member.cells) is not None
 
 
 def give_up_gradients(param: Tensor) -> None:
@@ -213,7 +225,7 @@ def _is_plain(input: Any) -> bool:
 
 
 def _is_eager() -> bool:
-    """Not inside a transform of torch.func, forward-mode autograd, or a trace."""
+    """Whether no transform of torch.func, forward-mode autograd or trace is active."""
     return (
         torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
@@ -222,13 +234,13 @@ def _is_eager() -> bool:
 
 
 def _is_of(mark: Mark, weight: Tensor) -> bool:
-    """A shallow copy of a parameter has the same mark."""
+    """Not of a shallow copy, which has the same mark, nor where a redraw failed half-way."""
     member = mark.member()
-    return member is not None and member.param is weight
+    return member is not None and member.param is weight and member.run.draws == mark.number
 
 
 def _dtype_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
-    """The dtype of the product; None where the functional is to complain of what it is given."""
+    """The dtype of the product; None where dtypes do not match, which the functional refuses."""
     device, dtypes = input.device.type, {input.dtype, weight.dtype}
     if bias is not None:
         dtypes.add(bias.dtype)
@@ -253,7 +265,7 @@ def _wrapped_linear(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if mark is None or dtype is None or more or input.shape[-1:] != weight.shape[1:]:
             return original(input, weight, bias, **more)
         input = input.to(dtype)
-        columns = None if mark.by_rows else mark.columns_of(input)
+        columns = None if mark.by_rows else mark.columns_of(input.detach())
         weight, ends = _arguments(mark, weight)
         bias = None if bias is None else bias.to(dtype)
         output: Tensor = ActiveLinear.apply(input, columns, weight.to(dtype), bias, *ends)  # type: ignore[no-untyped-call]
@@ -286,7 +298,7 @@ def _wrapped_conv(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return usual()
         steps, pads, gaps = (_each(value, weight) for value in (stride, padding, dilation))
         input = input.to(dtype)
-        columns = None if mark.by_rows else input.index_select(1, mark.positions)
+        columns = None if mark.by_rows else input.detach().index_select(1, mark.positions)
         weight, ends = _arguments(mark, weight)
         bias = None if bias is None else bias.to(dtype)
         output: Tensor = ActiveConvolution.apply(  # type: ignore[no-untyped-call]
@@ -304,10 +316,10 @@ def _each(value: Any, weight: Tensor) -> list[int]:
 
 
 def _work(input: Tensor, weight: Tensor, stride: Any) -> int:
-    """What of its multiply-adds counts of a convolution."""
+    """Multiply-adds, scaled down for the higher overhead of convolutions."""
     steps = torch.Size(_each(stride, weight)).numel()
     pixels = input.numel() // max(1, weight.shape[1] * steps)
-    return pixels * weight.numel() // _OF_CONVOLUTIONS
+    return pixels * weight.numel() // _CONVOLUTION_FACTOR
 
 
 def _wrapped_embedding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

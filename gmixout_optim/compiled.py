@@ -124,10 +124,10 @@ class Compiler:
         return failed
 
     def _run(self, function: Any, key: Hashable, *args: Any, **kwargs: Any) -> bool:
-        """Call a function as compiled code; False where that cannot be had: nothing has happened.
+        """Call a function as compiled code; False where it cannot be compiled.
 
-        Code is compiled at its first call, before it does anything. What fails later, fails for a
-        reason of its own.
+        It is compiled in its first call, before it does anything. Where memory runs out, and where
+        code fails that has run before, something may have been written: that is raised.
         """
         if self.wanted is False:
             return False
@@ -143,6 +143,8 @@ class Compiler:
     def _tried(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
         try:
             call(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a compiler may fail with any
             self._give_up(error)
             return False

@@ -148,7 +148,7 @@ class PackedGradient(Tensor):
             if kind is _aten.add_ and not kwargs:
                 return first._accumulate(args[1])
             if kind is _aten.copy_ and isinstance(args[1], cls):
-                return first._zero()._accumulate(args[1])
+                return first._become(args[1])
             if kind is _aten.new_empty_strided:
                 return cls(torch.zeros_like(first.active), first._member, first, None)
             if _keeps_zeros(kind, args, kwargs):
@@ -175,6 +175,15 @@ class PackedGradient(Tensor):
             "DistributedDataParallel does, or differentiates through them, use grad_layout='dense'"
         )
 
+    def _become(self, other: PackedGradient) -> PackedGradient:
+        before = self.active, self.draw
+        self.active, self.draw = torch.zeros_like(self.active), None
+        try:
+            return self._accumulate(other)
+        except RuntimeError:
+            self.active, self.draw = before
+            raise
+
     def _zero(self) -> PackedGradient:
         self.active.zero_()
         self.draw = None
@@ -185,6 +194,11 @@ class PackedGradient(Tensor):
         if type(other) not in (Tensor, PackedGradient) or other.shape != self.shape:
             raise RuntimeError("only a gradient of its parameter can be added to a packed gradient")
         if isinstance(other, PackedGradient):
+            if other._member() is not self._member():
+                raise RuntimeError(
+                    "a packed gradient of another parameter, or of another optimizer, cannot be "
+                    "added to this packed gradient: their active weights are others"
+                )
             more, draw = other.active, other.draw
         else:
             member = self._owner()

@@ -69,21 +69,22 @@ def packed_step(items: list[Item], enter: Callable[..., None], **entered: Any) -
     Args:
         enter: ``enter(trained, grads, **entered)`` steps the base on packed values, in place.
     """
-    indices = [item.indices.long() for item in items]
+    items = [item._replace(indices=item.indices.long()) for item in items]
+    places = [mixing.flat(item.view, item.indices) for item in items]
     trained = [
-        mixing.gather(item.view, index) if item.value is None else item.value
-        for item, index in zip(items, indices, strict=True)
+        mixing.gather(*place) if item.value is None else item.value
+        for item, place in zip(items, places, strict=True)
     ]
-    enter(trained, list(map(_used_gradient, items, indices, trained)), **entered)
-    for item, index, value in zip(items, indices, trained, strict=True):
+    enter(trained, list(map(_used_gradient, items, trained)), **entered)
+    for item, place, value in zip(items, places, trained, strict=True):
         theta = mixing.model_values(item.anchor, value, item.scale)
-        rounded = mixing.narrowed(theta, item.view.dtype, index, item.dither)
-        mixing.scatter_(item.view, index, rounded)
+        rounded = mixing.narrowed(theta, item.view.dtype, item.indices, item.dither)
+        mixing.scatter_(*place, rounded)
 
 
-def _used_gradient(item: Item, index: Tensor, value: Tensor) -> Tensor:
+def _used_gradient(item: Item, value: Tensor) -> Tensor:
     """The gradient of the packed values: s * grad on the active cells, in their dtype."""
-    active = item.grad if item.is_packed else mixing.gather_gradient(item.grad, index)
+    active = item.grad if item.is_packed else mixing.gather_gradient(item.grad, item.indices)
     active = active if active.dtype == value.dtype else active.to(value.dtype)
     return active if item.scale == 1 else active * item.scale
 

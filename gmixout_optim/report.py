@@ -178,7 +178,7 @@ def _why_not(member: Member) -> str:
         return f"{shape.numel()} elements are not a multiple of {granularity}"
     if len(shape) < 2 or shape[0] == 1:
         return "has no columns"
-    return f"{shape[1]} columns are too few"
+    return "has 1 column" if shape[1] == 1 else f"{shape[1]} columns are too few"
 
 
 def _drift(layout: Layout, member: Member) -> float | None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import checkpoint, settings
-from gmixout_optim.active_gradient import give_up_gradients, take_gradients
+from gmixout_optim.active_gradient import can_be_active, give_up_gradients, take_gradients
 from gmixout_optim.bases import guard, initial_state
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
@@ -84,6 +84,11 @@ class WrappingOptimizer(Optimizer):
         super().__setstate__({"defaults": {**base.defaults, **self._members.defaults}})
         self._adopt(base.param_groups, mixed)
         guard(base)
+        if grad_layout == "active" and mixed and not any(map(can_be_active, mixed)):
+            warn(
+                "grad_layout='active' only packs gradients here: no mixed parameter has columns or "
+                "rows as cells; use granularity='column'"
+            )
 
     def __getattr__(self, name: str) -> Any:
         text = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -322,14 +327,15 @@ class WrappingOptimizer(Optimizer):
         """Have backward make the gradients wanted, also after thawing, consolidate(), a redraw."""
         if self._grad_layout != "dense":
             for member in self._members:
-                take_gradients(member, self._grad_layout == "active")
+                if not self._members.is_held_elsewhere(member.param):
+                    take_gradients(member, self._grad_layout == "active")
 
     def _give_up_gradients(self) -> None:
         """Have them be what backward makes of them, until a further step."""
         for member in self._members:
             if member.packs_gradients:
                 give_up_gradients(member.param)
-                member.packs_gradients = False
+                member.packs_gradients, member.gradient_kind = False, "dense"
 
     def _next_episode(self, keep_foreign: bool = False) -> list[Member]:
         """End the episode and begin the next; returns the members that were left as they are."""

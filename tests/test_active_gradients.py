@@ -114,8 +114,14 @@ def trained(
     return model, optimizer
 
 
-def assert_close(ours: nn.Module, others: nn.Module, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(weights(ours), weights(others), rtol=tolerance, atol=tolerance)
+def assert_close(ours: nn.Module, others: nn.Module) -> None:
+    torch.testing.assert_close(weights(ours), weights(others), rtol=1e-9, atol=1e-9)
+
+
+def assert_moved_alike(ours: nn.Module, others: nn.Module, start: nn.Module) -> None:
+    """In low precision: what was learned differs by less than a tenth of itself."""
+    for one, other, before in zip(weights(ours), weights(others), weights(start), strict=True):
+        assert float((one - other).norm()) <= 0.1 * float((other - before).norm())
 
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -185,10 +191,6 @@ def in_functional_call(model: Net, step: int) -> Tensor:
     return torch.func.functional_call(model, parameters, (tokens(step),)).square().mean()
 
 
-def in_data_parallel(model: Net, step: int) -> Tensor:
-    return loss_of(nn.DataParallel(model), step)
-
-
 @pytest.mark.parametrize("granularity", ["column", "row"])
 @pytest.mark.parametrize(
     "loss",
@@ -201,7 +203,6 @@ def in_data_parallel(model: Net, step: int) -> Tensor:
         partial(with_checkpoints, use_reentrant=False),
         partial(with_checkpoints, use_reentrant=True),
         in_functional_call,
-        in_data_parallel,
     ],
     ids=lambda loss: getattr(loss, "__name__", f"checkpoint {getattr(loss, 'keywords', '')}"),
 )
@@ -211,7 +212,24 @@ def test_however_weights_are_used(loss: Callable[..., Tensor], granularity: str)
     settings["dtype"] = torch.float32 if low else torch.float64
     active, _ = trained("active", **settings)
     packed, _ = trained("packed", **settings)
-    assert_close(active, packed, 1e-2 if low else 1e-9)
+    if low:
+        assert_moved_alike(active, packed, net(torch.float32))
+    else:
+        assert_close(active, packed)
+
+
+def test_replicas_have_dense_gradients() -> None:
+    """DataParallel's weights are copies that autograd leads back to the Parameters."""
+    model, plain = net(), net()
+    optimizer = wrap(model)
+    for each in (model, plain):
+        copies = {name: param * 1 for name, param in each.named_parameters()}
+        torch.func.functional_call(each, copies, (tokens(0),)).square().mean().backward()
+    assert set(kinds(optimizer).values()) == {"packed", "dense"}
+    for param, other in zip(model.parameters(), plain.parameters(), strict=True):
+        if isinstance(param.grad, PackedGradient):
+            expected = torch.where(optimizer.active_mask(param), other.grad, 0.0)
+            torch.testing.assert_close(param.grad.dense(), expected)
 
 
 LAYERS: dict[str, Callable[[bool], nn.Module]] = {
@@ -273,15 +291,16 @@ def test_gradients_are_the_dense_ones_on_s(
     if name in ("conv2d", "pointwise") and draw(st.booleans()):
         layer = layer.to(memory_format=torch.channels_last)
     inputs = draw(inputs_of(name, layer, dtype))
-    double, needs_input = draw(st.booleans()), draw(st.booleans())
+    double, needs_input, redrawn = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     sides = []
     for grad_layout in ("dense", "active"):
         layer.zero_grad()
         optimizer = wrap(layer, grad_layout, granularity=granularity, mask_prob=0.7)
-        if draw(st.booleans()) and grad_layout == "dense":
+        if redrawn:
             optimizer.resample()
-        given = inputs.clone() if inputs.is_floating_point() else inputs
-        leaf = given.requires_grad_() if needs_input and given.is_floating_point() else given
+        leaf = inputs.detach()
+        if needs_input and leaf.is_floating_point():
+            leaf.requires_grad_()
         outputs = layer(leaf)
         loss = outputs.double().pow(3).sum()
         if double:
@@ -300,19 +319,16 @@ def test_gradients_are_the_dense_ones_on_s(
                 if name in LEFT_DENSE or not is_batched:
                     wanted = "packed"
                 assert kinds(optimizer)[key] == wanted
-        sides.append((outputs, leaf.grad, grads, optimizer.episode))
+        sides.append((outputs, leaf.grad, grads))
         optimizer.consolidate()
-    (outputs, of_input, grads, episode), (our_outputs, of_our_input, our_grads, our_episode) = sides
+    (outputs, of_input, grads), (our_outputs, of_our_input, our_grads) = sides
     precise = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05}[dtype]
     scale = max(1.0, max(float(grad.abs().max()) for grad in grads.values()))
     torch.testing.assert_close(our_outputs, outputs, rtol=precise, atol=precise)
     if of_input is not None:
         torch.testing.assert_close(of_our_input, of_input, rtol=precise, atol=precise * scale)
-    if episode == our_episode:  # the sets are the same
-        for key in grads:
-            torch.testing.assert_close(
-                our_grads[key], grads[key], rtol=precise, atol=precise * scale
-            )
+    for key in grads:
+        torch.testing.assert_close(our_grads[key], grads[key], rtol=precise, atol=precise * scale)
 
 
 def test_of_the_input_only_the_active_columns_are_saved() -> None:
@@ -350,8 +366,9 @@ def test_no_gradient_is_ever_dense(monkeypatch: pytest.MonkeyPatch) -> None:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             result = func(*args, **(kwargs or {}))
-            if type(result) is Tensor and func._overloadpacket.__name__ not in ("detach", "t"):
-                made.append(tuple(result.shape))
+            if func._overloadpacket.__name__ not in ("detach", "t"):
+                parts = torch.utils._pytree.tree_leaves(result)
+                made.extend(tuple(part.shape) for part in parts if type(part) is Tensor)
             return result
 
     loss = loss_of(model, 0)
@@ -665,11 +682,15 @@ def test_a_penalty_on_the_gradient_of_the_input(granularity: str, amp: bool) -> 
     torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
 
 
-def test_a_gradient_that_is_differentiated_is_whole_by_row() -> None:
-    layers = [nn.Linear(64, 40).double(), nn.Linear(64, 40).double()]
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in LEFT_DENSE])
+def test_a_gradient_that_is_differentiated_is_whole_by_row(name: str) -> None:
+    layers = [LAYERS[name](True).double(), LAYERS[name](True).double()]
     layers[1].load_state_dict(layers[0].state_dict())
     optimizer = wrap(layers[0], granularity="row")
-    inputs = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sides = [7] * max(0, layers[0].weight.ndim - 2)
+    inputs = torch.randn(2, 40, *sides, generator=torch.Generator().manual_seed(0)).double()
+    if name == "embedding":
+        inputs = torch.arange(12) * 3
     seconds = []
     for layer in layers:
         loss = layer(inputs).pow(3).sum()
@@ -887,3 +908,52 @@ def test_scripts_of_functions_and_classes_are_compiled_as_ever() -> None:
     optimizer.consolidate()
     for each in (script, bound):
         each(nn.Linear(3, 3))
+
+
+def test_gradients_of_two_parameters_are_not_added_up() -> None:
+    """Their active weights are others."""
+    model = nn.Sequential(nn.Linear(64, 40), nn.Linear(64, 40))
+    _optimizer = wrap(model)
+    inputs = torch.randn(3, 64)
+    (model[0](inputs) + model[1](inputs)).sum().backward()
+    first, second = (layer.weight.grad for layer in model)
+    before = first.active.clone()
+    for use in (lambda: first + second, lambda: first.add_(second), lambda: first.copy_(second)):
+        with pytest.raises(RuntimeError, match="packed gradient of another parameter"):
+            use()
+    assert_equal(first.active, before)
+    assert_equal((first + first).active, 2 * before)
+
+
+def test_a_redraw_that_fails_half_way_does_not_lock_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = net()
+    optimizer = wrap(model, resample_every=2)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        with monkeypatch.context() as patch:
+            if step == 1:
+                patch.setattr(optimizer._layout, "_begin_episodes", lambda _: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step()
+            else:
+                optimizer.step()
+
+
+def test_loading_leaves_what_another_optimizer_has_taken() -> None:
+    model = net()
+    first = wrap(model)
+    saved = first.state_dict()
+    first.consolidate()
+    second = wrap(model, seed=1)
+    first.load_state_dict(saved)
+    loss_of(model, 0).backward()
+    second.step()
+    assert kinds(second)["up.weight"] == "active"
+
+
+def test_it_is_said_where_nothing_can_be_active() -> None:
+    with pytest.warns(UserWarning, match=r"only packs gradients.*granularity='column'"):
+        wrap(net(), granularity="element")

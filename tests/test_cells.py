@@ -83,7 +83,7 @@ def test_columns_are_input_features_in_blocks(
     ("shape", "note"),
     [
         ((8, 3, 16, 16), "3 columns are too few: element-wise"),
-        ((40, 1, 3, 3), "1 columns are too few: element-wise"),
+        ((40, 1, 3, 3), "has 1 column: element-wise"),
         ((40,), "has no columns: element-wise"),
         ((1, 40), "has no columns: element-wise"),
         ((40, 40), ""),

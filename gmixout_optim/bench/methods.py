@@ -33,7 +33,9 @@ def adamw(model: nn.Module) -> Optimizer:
 def gmixout(model: nn.Module, **settings: Any) -> Optimizer:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*freshly initialised", UserWarning)  # they are random
-        return GMixoutOptimizer(adamw(model), mask_prob=1 - DENSITY, **settings)
+        return GMixoutOptimizer(
+            adamw(model), mask_prob=1 - DENSITY, resample_every=None, **settings
+        )
 
 
 def lora(model: nn.Module) -> Optimizer:
@@ -143,7 +145,7 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-def is_installed(name: str) -> str | None:
+def why_missing(name: str) -> str | None:
     """Why a method cannot be had; None where it can."""
     packages = {"LoRA": "peft", "SHiRA": "peft", "BAdam": "badam", "AdamW, 8 bits": "torchao"}
     packages |= {"GaLore": "pytorch_optimizer", "APOLLO": "pytorch_optimizer"}

@@ -26,9 +26,10 @@ import torch
 from torch.optim import Optimizer
 
 from gmixout_optim import GMixoutOptimizer
+from gmixout_optim.bench import options
 from gmixout_optim.bench.machine import machine_facts, proc_field
 from gmixout_optim.bench.memory import MALLOC, peak_bytes
-from gmixout_optim.bench.methods import METHODS, is_installed, kept_bytes
+from gmixout_optim.bench.methods import METHODS, kept_bytes, why_missing
 from gmixout_optim.bench.models import find_model, shapes_of
 from gmixout_optim.bench.models.workload import Workload
 from gmixout_optim.bench.progress import Progress
@@ -77,7 +78,7 @@ class Outcome:
 
 
 class Side:
-    """A model and its optimizer, to be stepped."""
+    """A model and its optimizer, to be stepped. Its episodes end when they are asked to."""
 
     def __init__(self, case: Case, method: str) -> None:
         torch.manual_seed(0)
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         str(given.device),
         torch.get_num_threads(),
     )
-    missing = {name: why for name in given.methods if (why := is_installed(name))}
+    missing = {name: why for name in given.methods if (why := why_missing(name))}
     methods = [name for name in given.methods if name not in missing]
     with Progress(2 * len(methods) + 1) as progress, _quiet():
         outcomes = measure(case, methods, given.rounds, progress.begin)
@@ -249,8 +250,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from gmixout_optim.bench import options
-
     parser = argparse.ArgumentParser(
         prog=f"{options.PROGRAM} --training",
         description="What whole training steps cost: GMixout, plain AdamW, and other ways to save "
