@@ -21,6 +21,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "training.jsonl"
 PICTURE = DOCS / "images" / "training.png"
 OURS, THEIRS = "#1f77b4", "#7a7a7a"
+_BESIDE = ("LoRA", "APOLLO", "BAdam", "GMixout, active, column")  # beside others: labelled apart
 
 
 def load() -> list[dict[str, Any]]:
@@ -70,12 +71,13 @@ def save_picture(result: dict[str, Any], path: Path) -> None:
         colour = OURS if outcome["method"].startswith("GMixout") else THEIRS
         x, y = price(result, outcome)
         axes.plot(x, y, "o", color=colour, markersize=9)
+        beside = outcome["method"] in _BESIDE
         axes.annotate(
             outcome["method"],
             (x, y),
             textcoords="offset points",
-            xytext=(0, 9),
-            ha="center",
+            xytext=(9, -4) if beside else (0, 9),
+            ha="left" if beside else "center",
             color=colour,
             fontweight="bold" if colour == OURS else "normal",
             path_effects=[withStroke(linewidth=3, foreground="white")],

@@ -3,6 +3,7 @@ what it did."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -22,7 +23,9 @@ from gmixout_optim.bench.__main__ import main
 from gmixout_optim.bench.bases import BASES, fastest_form
 from gmixout_optim.bench.bytes import resume_file
 from gmixout_optim.bench.memory import Loop, measure_peaks, peak_bytes
+from gmixout_optim.bench.methods import METHODS, why_missing
 from gmixout_optim.bench.models import shapes_of
+from gmixout_optim.bench.models.convnext import ConvNeXt, ConvNeXtConfig
 from gmixout_optim.bench.models.llama import Llama, LlamaConfig, LlamaLayer
 from gmixout_optim.bench.models.mlp import MLP
 from gmixout_optim.bench.models.resnet import ResNet, ResNetConfig
@@ -48,6 +51,7 @@ MATRICES, ELEMENTS, ACTIVE, ROWS = 4, 4_000_000, 400_000, 400
         ("vit_b_16", 86_567_656),
         ("vit_l_14", 304_203_752),
         ("resnet50", 25_557_032),
+        ("convnext_t", 28_589_128),
         ("llama-1b", 1_235_814_400),
         ("llama-7b-layer", 202_383_360),
         ("4e6", ELEMENTS),
@@ -91,11 +95,12 @@ LLAMA = LlamaConfig(width=16, depth=2, heads=4, key_heads=2, hidden=24, vocabula
     [
         lambda: VisionTransformer(ViTConfig(4, 16, 2, heads=2, image=8, classes=5)),
         lambda: ResNet(ResNetConfig((1, 1, 1, 1), width=4, image=64, classes=5)),
+        lambda: ConvNeXt(ConvNeXtConfig((1, 1), (8, 16), image=32, classes=5)),
         lambda: Llama(LLAMA),
         lambda: LlamaLayer(LLAMA),
         lambda: MLP(1000),
     ],
-    ids=["vit", "resnet", "llama", "llama-layer", "mlp"],
+    ids=["vit", "resnet", "convnext", "llama", "llama-layer", "mlp"],
 )
 def test_a_small_model_of_each_family_trains(model, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -440,3 +445,25 @@ def test_a_method_that_fails_or_is_missing_is_said(
     (outcome,) = training.measure(replace(case, model="2e4"), ["AdamW"], 2, lambda title: None)
     assert outcome.error is None
     assert training._memory_of(case, "AdamW")[2].startswith("ValueError: model must be one of")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from torchvision_compat import ensure_torchvision
+
+    with contextlib.suppress(ImportError):
+        ensure_torchvision()
+    if why_missing(method):
+        pytest.skip(why_missing(method))
+    with training._quiet():
+        side = training.Side(training.Case("2e4", 4, False, False, "cpu", 1), method)
+        before = [param.detach().clone() for param in side.model.parameters()]
+        for _ in range(2):
+            side.step()
+        side.backward()
+        kept = training.kept_bytes(side.model, side.optimizer)
+    after = list(side.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(param.isfinite().all() for param in after)
+    assert 0 < kept <= 12.1 * 20_000 + 8 * sum(param.numel() for param in after)
