@@ -88,7 +88,7 @@ class Compiler:
         """Gather, step, write. Returns the members that could not be compiled, as they were."""
         failed: list[Member] = []
         plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
-        _move_step_counts(members, self.base.state)
+        _move_to_device(members, self.base.state)
         for alike in by_options(members):
             for key, some in _batches(alike, self._form_of_step):
                 items = [_without_number(Item.of(member)) for member in some]
@@ -245,13 +245,16 @@ def _without_number(item: Item) -> Item:
     return item._replace(dither=item.dither._replace(key=key))
 
 
-def _move_step_counts(members: list[Member], state: Any) -> None:
-    """Step counts to the parameters' devices: compiled code must not wait for the host's."""
+def _move_to_device(members: list[Member], state: Any) -> None:
+    """Step counts and the like to the parameters' devices: compiled code must not read the host's.
+
+    Eager steps then take them as ``capturable`` ones, which do not wait for them either.
+    """
     for member in members:
-        entry = state[member.param]
-        step, device = entry.get("step"), member.cells.local.device
-        if isinstance(step, Tensor) and step.device != device:
-            entry["step"] = step.to(device, non_blocking=True)
+        entry, device = state[member.param], member.cells.local.device
+        for key, item in entry.items():
+            if isinstance(item, Tensor) and item.device != device:
+                entry[key] = item.to(device, non_blocking=True)
 
 
 def is_launched(tensor: Tensor) -> bool:

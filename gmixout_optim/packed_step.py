@@ -128,6 +128,9 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
     plain = without_optimizer(type(base))  # type: ignore[arg-type]
     for alike in by_options(members):
         options = options_of(base, alike[0])
+        step = base.state[alike[0].param].get("step")
+        if "capturable" in options and isinstance(step, Tensor) and step.device.type != "cpu":
+            options["capturable"] = True  # else each tensor waits for its step count
         for batch in _cached_batches(alike):
             states = [base.state[member.param] for member in batch]
             items = list(map(Item.of, batch))

@@ -369,6 +369,12 @@ class WrappingOptimizer(Optimizer):
 
     def _check_may_train(self, call: str) -> None:
         self._refuse_while_evaluating(call)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{call} inside the capture of a CUDA graph: the learning rate of the episode's "
+                "warm-up and its index sets come from the host, and a replay would repeat those of "
+                "this step for ever; capture forward and backward alone"
+            )
         self._members.check_groups(self.param_groups)
         self._members.hold()
         if self._run.residual == "persistent":  # which may have been consolidated

@@ -449,3 +449,29 @@ def test_compiled_on_cuda(case: Case) -> None:
     assert graphs[3:] == [graphs[3]] * len(graphs[3:])
     for ours, theirs in zip(compiled, eager, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_all_of_a_state_that_compiled_code_reads_goes_to_the_device() -> None:
+    """Not the step count alone: NAdam keeps a product on the host, too."""
+    from gmixout_optim.compiled import _move_to_device
+
+    param = nn.Parameter(torch.ones(40, device="meta"))
+    optimizer = GMixoutOptimizer(torch.optim.NAdam([param]), layout="packed")
+    (member,) = optimizer._members
+    state = {param: {"step": torch.tensor(1.0), "mu_product": torch.tensor(0.9), "other": 3}}
+    _move_to_device([member], state)
+    assert [item.device.type for item in list(state[param].values())[:2]] == ["meta", "meta"]
+
+
+def test_the_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would freeze the warm-up, and the index sets."""
+    params = parameters()
+    optimizer = adamw(params, False)
+    take_steps(params, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for call in (optimizer.step, optimizer.resample):
+        with pytest.raises(RuntimeError, match=r"capture of a CUDA graph.*forward and backward"):
+            call()
+    assert_equal(before, optimizer.state_dict())
