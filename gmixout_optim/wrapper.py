@@ -369,7 +369,8 @@ class WrappingOptimizer(Optimizer):
 
     def _check_may_train(self, call: str) -> None:
         self._refuse_while_evaluating(call)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        is_on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if is_on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{call} inside the capture of a CUDA graph: the learning rate of the episode's "
                 "warm-up and its index sets come from the host, and a replay would repeat those of "
