@@ -17,6 +17,9 @@ import matplotlib.pyplot as plt
 from matplotlib.patheffects import withStroke
 from picture import style
 
+from gmixout_optim.bench.models import count_weights
+from gmixout_optim.bench.training import Case
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "training.jsonl"
 PICTURE = DOCS / "images" / "training.png"
@@ -30,10 +33,8 @@ def load() -> list[dict[str, Any]]:
 
 
 def title(result: dict[str, Any]) -> str:
-    case = result["case"]
-    precision = "bfloat16 autocast" if case["autocast"] else "float32"
-    compiled = ", model compiled" if case["compiled"] else ""
-    return f"{case['model']}, batch size {case['batch_size']}, {precision}{compiled}"
+    case = Case(**result["case"])
+    return f"{case.model}, {case.form}"
 
 
 def price(result: dict[str, Any], outcome: dict[str, Any]) -> tuple[float, float]:
@@ -49,12 +50,12 @@ def table(result: dict[str, Any]) -> str:
         "| method | time of a step | peak above the model | kept, bytes per weight |",
         "|---|---|---|---|",
     ]
-    (plain,) = [each for each in result["outcomes"] if each["method"] == "AdamW"]
+    weights = count_weights(result["case"]["model"])
     for outcome in filter(lambda outcome: outcome["step"], result["outcomes"]):
         time, peak = price(result, outcome)
         spread = outcome["step"]["plain_steps"]
         megabytes = outcome["above_model"] / 1e6
-        kept = 12 * outcome["kept"] / plain["kept"]  # AdamW keeps 12 bytes per weight
+        kept = outcome["kept"] / weights
         lines.append(
             f"| {outcome['method']} | {time:.2f}x ({spread['low']:.2f} to {spread['high']:.2f}) | "
             f"{peak:.2f}x ({megabytes:,.0f} MB) | {kept:.2f} |"

@@ -184,12 +184,9 @@ def _delivered(
         return None, active.to(ctx.leaf_dtype)
     if not _is_differentiated(ctx):
         return ctx.deliver(active, draw), None
-    return active if ctx.by_rows else _with_zeros(active, positions, ctx.weight_shape), None
-
-
-def _with_zeros(active: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
-    whole: Tensor = _WithZeros.apply(active, positions, shape)  # type: ignore[no-untyped-call]
-    return whole
+    if not ctx.by_rows:
+        active = _WithZeros.apply(active, positions, ctx.weight_shape)  # type: ignore[no-untyped-call]
+    return active, None
 
 
 def _gradient_of_input(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def _mark_of(input: Any, weight: Any, multiply_adds: Callable[[], int]) -> Mark 
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() or not mark.has_leaf:
             return None
-    elif not _is_plain(input) or not _is_eager() or not _is_of(mark, weight):
+    elif type(input) not in (Tensor, nn.Parameter) or not _is_eager() or not _is_of(mark, weight):
         return None
     if DistributedDataParallel._active_ddp_module is not None:
         raise RuntimeError(
@@ -218,10 +218,6 @@ def _mark_of(input: Any, weight: Any, multiply_adds: Callable[[], int]) -> Mark 
         and not input.is_nested
     )
     return mark if is_usable and multiply_adds() >= max(1, LEAST_MULTIPLY_ADDS) else None
-
-
-def _is_plain(input: Any) -> bool:
-    return type(input) is Tensor or type(input) is nn.Parameter
 
 
 def _is_eager() -> bool:

@@ -148,7 +148,7 @@ class PackedGradient(Tensor):
             if kind is _aten.add_ and not kwargs:
                 return first._accumulate(args[1])
             if kind is _aten.copy_ and isinstance(args[1], cls):
-                return first._become(args[1])
+                return first._copy(args[1])
             if kind is _aten.new_empty_strided:
                 return cls(torch.zeros_like(first.active), first._member, first, None)
             if _keeps_zeros(kind, args, kwargs):
@@ -175,14 +175,17 @@ class PackedGradient(Tensor):
             "DistributedDataParallel does, or differentiates through them, use grad_layout='dense'"
         )
 
-    def _become(self, other: PackedGradient) -> PackedGradient:
-        before = self.active, self.draw
-        self.active, self.draw = torch.zeros_like(self.active), None
-        try:
-            return self._accumulate(other)
-        except RuntimeError:
-            self.active, self.draw = before
-            raise
+    def _copy(self, other: PackedGradient) -> PackedGradient:
+        self._check_owner(other)
+        self.active, self.draw = other.active.to(self.dtype, copy=True), other.draw
+        return self
+
+    def _check_owner(self, other: PackedGradient) -> None:
+        if other._member() is not self._member():
+            raise RuntimeError(
+                "a packed gradient of another parameter, or of another optimizer, cannot be added "
+                "to this packed gradient: their active weights are others"
+            )
 
     def _zero(self) -> PackedGradient:
         self.active.zero_()
@@ -194,11 +197,7 @@ class PackedGradient(Tensor):
         if type(other) not in (Tensor, PackedGradient) or other.shape != self.shape:
             raise RuntimeError("only a gradient of its parameter can be added to a packed gradient")
         if isinstance(other, PackedGradient):
-            if other._member() is not self._member():
-                raise RuntimeError(
-                    "a packed gradient of another parameter, or of another optimizer, cannot be "
-                    "added to this packed gradient: their active weights are others"
-                )
+            self._check_owner(other)
             more, draw = other.active, other.draw
         else:
             member = self._owner()

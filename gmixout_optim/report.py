@@ -152,12 +152,12 @@ def _report_on(
         width=1 if member is None else member.cells.grid.width,
         drift=None if member is None else _drift(layout, member),
         gradient="dense" if member is None else member.gradient_kind,
-        state_bytes=_bytes_of(
+        state_bytes=nbytes_of(
             {key: item for key, item in layout.base.state.get(param, {}).items() if key != KEY}
         ),
-        value_bytes=_bytes_of(slot and [slot.value, slot.live]),
-        anchor_bytes=_bytes_of(slot and slot.anchor),
-        index_bytes=_bytes_of(slot and member and member.index()),
+        value_bytes=nbytes_of(slot and [slot.value, slot.live]),
+        anchor_bytes=nbytes_of(slot and slot.anchor),
+        index_bytes=nbytes_of(slot and member and member.index()),
     )
 
 
@@ -215,13 +215,14 @@ def _norm(tensor: Tensor) -> Tensor:
     return norm
 
 
-def _bytes_of(item: Any) -> int:
+def nbytes_of(item: Any) -> int:
+    """Of all tensors in nested dicts and lists."""
     if hasattr(item, "__tensor_flatten__"):  # a quantised state, say: what it is made of
-        return sum(_bytes_of(getattr(item, name)) for name in item.__tensor_flatten__()[0])
+        return sum(nbytes_of(getattr(item, name)) for name in item.__tensor_flatten__()[0])
     if isinstance(item, Tensor):
         return item.numel() * item.element_size()
     if isinstance(item, dict):
-        return sum(map(_bytes_of, item.values()))
+        return sum(map(nbytes_of, item.values()))
     if isinstance(item, list | tuple):
-        return sum(map(_bytes_of, item))
+        return sum(map(nbytes_of, item))
     return 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ RESAMPLE_EVERY = 2
 # glibc by itself keeps freed tensors of up to 32 MB in a heap with holes, which changes a peak by a
 # quarter from run to run. So large tensors go back to the system at once, in all loops alike. A
 # user's own setting counts for more.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,22 @@ def measure_peaks(loops: Sequence[Loop], begin: Callable[[str], None]) -> list[P
 def peak_of(loop: Loop) -> Peak:
     """Run the loop in a child process; a failure there, such as too little memory, is part of the
     result."""
-    command = [sys.executable, "-m", "gmixout_optim.bench.memory", loop.to_json()]
-    child = subprocess.run(command, capture_output=True, text=True, env={**MALLOC, **os.environ})
+    found, error = run_child("gmixout_optim.bench.memory", loop.to_json())
+    if error is not None:
+        return Peak(loop.setting, error=error)
+    peak, baseline = found
+    return Peak(loop.setting, peak, baseline, peak - baseline)
+
+
+def run_child(module: str, *arguments: str) -> tuple[Any, str | None]:
+    """What a module prints last, in JSON, in a process of its own; and why it failed."""
+    command = [sys.executable, "-m", module, *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, env={**_MALLOC, **os.environ})
     if child.returncode == 0:
-        peak, baseline = json.loads(child.stdout)
-        return Peak(loop.setting, peak, baseline, peak - baseline)
+        return json.loads(child.stdout.strip().splitlines()[-1]), None
     if child.returncode < 0:
-        error = f"killed by signal {-child.returncode}: too little memory?"
-    else:
-        error = (child.stderr.strip() or "no message").splitlines()[-1]
-    return Peak(loop.setting, error=error)
+        return None, f"killed by signal {-child.returncode}: too little memory?"
+    return None, (child.stderr.strip() or "no message").splitlines()[-1]
 
 
 def _ratio(ours: int | None, plain: int | None) -> float | None:

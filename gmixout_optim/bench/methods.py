@@ -5,7 +5,6 @@ Each takes a model, changes it where the method does, and returns its optimizer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -16,7 +15,8 @@ from torch.optim import AdamW, Optimizer
 
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench.bases import fastest_form
-from gmixout_optim.bench.bytes import kept_gradient, tensors_in
+from gmixout_optim.bench.bytes import kept_gradient
+from gmixout_optim.report import nbytes_of
 
 LR = 1e-4
 RANK = 16  # of LoRA
@@ -31,11 +31,7 @@ def adamw(model: nn.Module) -> Optimizer:
 
 
 def gmixout(model: nn.Module, **settings: Any) -> Optimizer:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*freshly initialised", UserWarning)  # they are random
-        return GMixoutOptimizer(
-            adamw(model), mask_prob=1 - DENSITY, resample_every=None, **settings
-        )
+    return GMixoutOptimizer(adamw(model), mask_prob=1 - DENSITY, resample_every=None, **settings)
 
 
 def lora(model: nn.Module) -> Optimizer:
@@ -132,17 +128,11 @@ def kept_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     if isinstance(optimizer, GMixoutOptimizer):
         return kept + optimizer.report().total("bytes")
     inner = getattr(optimizer, "base_optimizer", optimizer)
-    return kept + sum(_nbytes(tensor) for tensor in tensors_in(dict(inner.state)))
+    return kept + nbytes_of(inner.state)
 
 
 def _is_added(name: str) -> bool:
     return "lora_" in name or "shira_" in name
-
-
-def _nbytes(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_nbytes(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
-    return tensor.nbytes
 
 
 def why_missing(name: str) -> str | None:

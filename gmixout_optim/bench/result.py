@@ -7,7 +7,7 @@ from typing import Any
 
 from gmixout_optim.bench.machine import machine_facts
 from gmixout_optim.bench.memory import Peak
-from gmixout_optim.bench.models import shapes_of
+from gmixout_optim.bench.models import count_weights
 from gmixout_optim.bench.options import Options
 from gmixout_optim.bench.speed import Speed
 
@@ -23,7 +23,7 @@ class Result:
     @property
     def weights(self) -> int:
         """How many the model has."""
-        return sum(shape.numel() for shape in shapes_of(self.options.subject.model))
+        return count_weights(self.options.subject.model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

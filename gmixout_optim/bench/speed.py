@@ -19,7 +19,7 @@ from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bases import per_cell_state
 from gmixout_optim.bench.bases import make_base
 from gmixout_optim.bench.bytes import Bytes, ResumeFile, bytes_of, resume_file
-from gmixout_optim.bench.models import shapes_of
+from gmixout_optim.bench.models import count_weights, shapes_of
 from gmixout_optim.bench.subject import Setting, Subject
 from gmixout_optim.bench.timing import Cost, Spread, Turn, copy_bandwidth, count_kernels, take_turns
 from gmixout_optim.bench.traffic import step_traffic
@@ -193,8 +193,7 @@ def bytes_needed(subject: Subject, settings: Sequence[Setting]) -> int:
         * (12 + torch.promote_types(subject.dtype, torch.float32).itemsize * states)
         for setting in settings
     )
-    weights = sum(shape.numel() for shape in shapes_of(subject.model))
-    return int(weights * (size + plain + ours))
+    return int(count_weights(subject.model) * (size + plain + ours))
 
 
 def measure_speed(

@@ -13,8 +13,6 @@ import contextlib
 import gc
 import io
 import json
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +26,9 @@ from torch.optim import Optimizer
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench import options
 from gmixout_optim.bench.machine import machine_facts, proc_field
-from gmixout_optim.bench.memory import MALLOC, peak_bytes
+from gmixout_optim.bench.memory import peak_bytes, run_child
 from gmixout_optim.bench.methods import METHODS, kept_bytes, why_missing
-from gmixout_optim.bench.models import find_model, shapes_of
+from gmixout_optim.bench.models import count_weights, find_model
 from gmixout_optim.bench.models.workload import Workload
 from gmixout_optim.bench.progress import Progress
 from gmixout_optim.bench.table import NOTHING, pipe_table
@@ -55,6 +53,13 @@ class Case:
     @property
     def device(self) -> torch.device:
         return torch.device(self.device_name)
+
+    @property
+    def form(self) -> str:
+        """All but the model and the machine, for people."""
+        precision = "bfloat16 autocast" if self.autocast else "float32"
+        compiled = ", model compiled" if self.compiled else ""
+        return f"batch size {self.batch_size}, {precision}{compiled}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class Side:
 
     def backward(self) -> None:
         case = self.case
-        amp = torch.autocast(case.device.type, torch.bfloat16, enabled=case.autocast)
-        with amp if case.autocast else contextlib.nullcontext():
+        with torch.autocast(case.device.type, torch.bfloat16, enabled=case.autocast):
             loss = self.loss(self.inputs, self.targets)
         loss.backward()
 
@@ -149,18 +153,10 @@ def _quiet() -> Iterator[None]:
 
 def _memory_of(case: Case, method: str) -> tuple[int | None, int | None, str | None]:
     """``above_model``, ``kept`` and ``error``."""
-    command = [
-        sys.executable,
-        "-m",
-        "gmixout_optim.bench.training",
-        json.dumps(asdict(case)),
-        method,
-    ]
-    child = subprocess.run(command, capture_output=True, text=True, env={**MALLOC, **os.environ})
-    if child.returncode != 0:
-        return None, None, (child.stderr.strip() or "no message").splitlines()[-1]
-    above, kept = json.loads(child.stdout.strip().splitlines()[-1])
-    return above, kept, None
+    given = json.dumps(asdict(case)), method
+    found, error = run_child("gmixout_optim.bench.training", *given)
+    above, kept = found or (None, None)
+    return above, kept, error
 
 
 def _train(case: Case, method: str) -> tuple[int, int]:
@@ -184,7 +180,7 @@ def _resident(device: torch.device) -> int:
 
 
 def table(case: Case, outcomes: Sequence[Outcome], rounds: int) -> str:
-    weights = sum(shape.numel() for shape in shapes_of(case.model))
+    weights = count_weights(case.model)
     plain = next((o.above_model for o in outcomes if o.method == PLAIN), None)
     rows = []
     for one in outcomes:
@@ -203,11 +199,9 @@ def table(case: Case, outcomes: Sequence[Outcome], rounds: int) -> str:
             ]
         )
     header = ["method", "time of a step", "ms", "peak above the model, MB", "bytes kept per weight"]
-    precision = "bfloat16 autocast" if case.autocast else "float32"
-    compiled = ", model compiled" if case.compiled else ""
     facts = machine_facts(case.device)
     return (
-        f"{case.model}, {weights:,} weights, batch size {case.batch_size}, {precision}{compiled}\n"
+        f"{case.model}, {weights:,} weights, {case.form}\n"
         f"{', '.join(f'{key} {fact}' for key, fact in facts.items())}\n\n"
         f"Whole training steps, in turns with plain AdamW: median of {rounds} rounds (10th to 90th "
         f"percentile),\nwith a share of a redraw every {RESAMPLE_EVERY} steps. Peak memory above "

@@ -75,3 +75,8 @@ def shapes_of(name: str) -> list[torch.Size]:
     with torch.device("meta"):
         model = find_model(name)()
     return [param.shape for param in model.parameters()]
+
+
+def count_weights(name: str) -> int:
+    """How many weights a model has; takes no memory."""
+    return sum(shape.numel() for shape in shapes_of(name))
