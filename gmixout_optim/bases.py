@@ -283,27 +283,31 @@ def renew_state(
     shape: torch.Size,
     new_shape: torch.Size,
     initial: dict[str, Any] | None,
-) -> None:
-    """Make the base's state of one parameter fresh, after a redraw.
+) -> list[tuple[Tensor, Any]]:
+    """Make the base's state of one parameter fresh, after a redraw, but for its tensors.
 
-    In place where the shape of the per-cell tensors stays, so that a compiled step keeps its
-    buffers. A state whose fresh values are not known is dropped, and the base creates it anew.
+    These stay where the shape of the per-cell tensors stays. A state whose fresh values are not
+    known is dropped, and the base creates it anew.
 
     Args:
         initial: of :func:`initial_state`.
+
+    Returns:
+        tensors, and the number that each is to be filled with.
     """
     if type(base) in _SHARED_STATE:
         base.state.clear()
     state = base.state.get(param)
     if not state:
-        return
+        return []
     fresh = initial
     if resets_in_place(base):
         starts = ELEMENTWISE[type(base)]
         fresh = {key: starts[key](group) if key in starts else 0.0 for key in state}
     if fresh is None:
         del base.state[param]
-        return
+        return []
+    fills: list[tuple[Tensor, Any]] = []
     per_cell = per_cell_state(base, state, shape)
     for key, value in list(state.items()):
         if not is_own(base, key):
@@ -313,9 +317,10 @@ def renew_state(
         elif isinstance(value, Tensor):
             if key in per_cell and shape != new_shape:
                 state[key] = value = value.new_empty(new_shape)
-            value.fill_(fresh[key])
+            fills.append((value, fresh[key]))
         elif initial is not None:
             state[key] = deepcopy(fresh[key])
+    return fills
 
 
 def resets_in_place(base: Optimizer) -> bool:

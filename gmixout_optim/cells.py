@@ -5,7 +5,6 @@ The only module that knows shapes, strides and storage offsets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -17,10 +16,11 @@ from gmixout_optim.index_sets import (
     ROUNDING,
     Number,
     Sampler,
+    Strata,
     active_cells,
     active_count,
     episode_key,
-    stratified_cells,
+    strata,
 )
 from gmixout_optim.rounding import NARROW
 
@@ -87,13 +87,26 @@ class Grid(NamedTuple):
         element.
         """
         if self.contiguous:
-            return cell.long() if self.width > 1 or self.cells <= _FEW_CELLS else cell
+            return cell.to(self.address_dtype)
         number = self._elements(cell)
         offset = torch.zeros_like(number)
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             offset += number % size * stride
             number = number // size
-        return offset if self._extent() > MAX_CELLS else offset.to(torch.int32)
+        return offset.to(self.address_dtype)
+
+    @property
+    def address_dtype(self) -> torch.dtype:
+        """Of :meth:`address`: int32 where there are many indices and they fit."""
+        if self.contiguous:
+            is_long = self.width > 1 or self.cells <= _FEW_CELLS
+        else:
+            is_long = self._extent() > MAX_CELLS
+        return torch.int64 if is_long else torch.int32
+
+    def offsets_at(self, index: Tensor) -> Tensor:
+        """Where the elements of an index of :meth:`address` lie in :meth:`view`, flattened."""
+        return self._elements(index) if self.contiguous else index.long()
 
     def elements_at(self, index: Tensor) -> Tensor:
         """The inverse of :meth:`address`: the numbers (int64) of the elements, packed."""
@@ -269,13 +282,8 @@ class Cells:
         """The weights as :meth:`Grid.view`, sharing their memory."""
         return self.grid.view(self.local)
 
-    def draw(
-        self, seed: int, episode: int, kernel: Callable[..., Tensor] = stratified_cells
-    ) -> Tensor:
-        """Where the cells that are active in ``episode`` lie, see :meth:`Grid.address`.
-
-        ``kernel`` is :func:`stratified_cells` or a compiled form of it.
-        """
+    def draw(self, seed: int, episode: int) -> Tensor:
+        """Where the cells that are active in ``episode`` lie, see :meth:`Grid.address`."""
         grid = self.grid
         cell = active_cells(
             grid.cells,
@@ -285,9 +293,13 @@ class Cells:
             episode=episode,
             sampler=self.sampler,
             device=self.param.device,
-            kernel=kernel,
         )
         return grid.address(cell)
+
+    def strata(self, seed: int, episode: int) -> Strata:
+        """What :meth:`draw` draws with the stratified sampler, for somebody else to draw."""
+        cells = self.grid.cells
+        return strata(cells, 1 - self.mask_prob, seed, self.number, episode, 0, cells)
 
     def dither(self, seed: int, episode: int) -> Dither | None:
         """The random bits of rounding to the parameter's dtype; None where nothing is rounded."""

@@ -10,38 +10,53 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Hashable, Iterator
-from functools import cache, lru_cache
-from types import FunctionType
-from typing import Any, Literal
-from weakref import WeakSet
+from functools import cache
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import resets_in_place
-from gmixout_optim.index_sets import stratified_cells
+from gmixout_optim.bases import is_own, resets_in_place
+from gmixout_optim.fused import Fused, fuse
+from gmixout_optim.index_sets import stratified_cells_of_many
 from gmixout_optim.members import Member
 from gmixout_optim.packed_step import (
     Item,
-    SettledGroups,
+    Part,
     by_options,
-    form_of_options,
+    gradient_of,
     grouped,
     options_of,
-    packed_step,
     partition,
-    step_plain,
+    place_of,
+    step_parts,
     without_optimizer,
+    write,
 )
+from gmixout_optim.rates import scaled_lr
 from gmixout_optim.residual import slot_of
 from gmixout_optim.warn import warn
 
 # Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the
 # tensors of a graph share theirs.
 _CPU_TENSORS = 6
-_GPU_TENSORS = 32
+_GPU_TENSORS = 64
+
+
+class Call(NamedTuple):
+    """A step of compiled code, to be taken again for as long as the tensors stay.
+
+    Attributes:
+        tensors: what it takes before gradients and learning rates.
+        parts: whom it steps, those at one rate together.
+    """
+
+    fused: Fused
+    tensors: list[Tensor]
+    parts: list[list[Member]]
 
 
 class Compiler:
@@ -59,7 +74,6 @@ class Compiler:
         self.base = base
         self.wanted = wanted
         self.static_shapes = static_shapes
-        self._settled = SettledGroups(base, _form_without_lr)
 
     def split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
         """The members to run compiled, and the others: not wanted, or recompiled each time."""
@@ -68,87 +82,126 @@ class Compiler:
             return [], members
         return partition(members, self._wants)
 
-    def split_step(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
+    def split_step(
+        self, members: list[Member], settled: set[int]
+    ) -> tuple[list[Member], list[Member]]:
         """Of members that can be stepped in batches those to step compiled, and the others.
 
-        A group whose options are not those of the step before steps eagerly: a momentum that
-        follows a schedule would recompile in every step.
+        Args:
+            settled: ids of the groups whose options, but for the lr, are those of the step before.
+                Others step eagerly: a momentum that follows a schedule would recompile in every
+                step.
         """
         wanted, others = self.split(members)
         if not wanted:
             return [], members
-        settled = self._settled.ids()
-        settled -= {id(group) for group in self.base.param_groups if _lr_is_zero(group)}
+        zero = {id(group) for group in self.base.param_groups if lr_is_zero(group)}
         # Compiled, A + s * (phi - A) may round differently than where the library computes it
         # eagerly.
-        ready, unready = partition(wanted, lambda m: m.scale == 1 and id(m.group) in settled)
+        ready, unready = partition(wanted, lambda m: m.scale == 1 and id(m.group) in settled - zero)
         return ready, unready + others
 
-    def step(self, members: list[Member]) -> list[Member]:
-        """Gather, step, write. Returns the members that could not be compiled, as they were."""
+    def prepare(self, members: list[Member]) -> tuple[list[Call], list[Member]]:
+        """The calls that step them, and the members that could not be compiled, as they were."""
+        calls: list[Call] = []
         failed: list[Member] = []
-        plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
         _move_to_device(members, self.base.state)
-        for alike in by_options(members):
-            for key, some in _batches(alike, self._form_of_step):
-                items = [_without_number(Item.of(member)) for member in some]
-                options = self._options(some[0])
-                made_for = (plain, form_of_options(options, numbers=True), key, len(some))
-                states = [self.base.state[member.param] for member in some]
-                entered = dict(enter=step_plain, states=states, plain=plain, options=options)
-                if not self._run(packed_step, made_for, items, **entered):
+        for some in _batches(members, self._form_of_step):
+            parts = list(map(list, by_options(some)))
+            ordered = [member for part in parts for member in part]
+            described = list(map(self._part, parts))
+            grads, lrs = list(map(gradient_of, ordered)), list(map(_lr, parts))
+            made = self._tried(fuse, step_parts, described, grads, lrs)
+            if made is None:
+                failed += some
+            else:
+                fused, tensors = made
+                fixed = tensors[: len(tensors) - len(grads) - len(lrs)]
+                calls.append(Call(fused, fixed, parts))
+        return calls, failed
+
+    def run(self, call: Call) -> bool:
+        """Gather, step, write. False where it could not be compiled, and nothing has changed.
+
+        Where memory runs out, and where code fails that has run before, something may have been
+        written: that is raised.
+        """
+        grads = [gradient_of(member) for part in call.parts for member in part]
+        return self._called(call.fused, [*call.tensors, *grads, *map(_lr, call.parts)])
+
+    def draw(self, members: list[Member]) -> list[Member]:
+        """Draw their index sets. Returns the members that could not be, as :meth:`prepare` does."""
+        failed: list[Member] = []
+        for device, on_device in grouped(members, lambda member: member.param.device).items():
+            alike = grouped(on_device, lambda member: member.cells.grid.address_dtype)
+            strata = {m: m.cells.strata(m.run.seed, m.run.episode) for m in on_device}
+            rows: list[tuple[int, ...]] = []
+            for some in alike.values():
+                starts = accumulate((strata[member].size for member in some), initial=0)
+                rows += [(next(starts), *strata[member].numbers) for member in some]
+            # From pinned memory the numbers reach a GPU without the host waiting for it.
+            on_host = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda")
+            numbers = on_host.to(device, non_blocking=True)
+            parts = numbers.split(list(map(len, alike.values())))  # type: ignore[no-untyped-call]
+            for (dtype, some), part in zip(alike.items(), parts, strict=True):
+                sizes = [strata[member].size for member in some]
+                drawn = torch.empty(sum(sizes), dtype=dtype, device=device)
+                if not self._fuse_and_call(stratified_cells_of_many, part, drawn):
                     failed += some
+                    continue
+                cells = drawn.split(sizes)  # type: ignore[no-untyped-call]
+                for member, cell in zip(some, cells, strict=True):
+                    member.take_cells(cell)
         return failed
 
-    def draw(self, members: list[Member]) -> None:
-        """Draw their index sets."""
-        for member in members:
-            if self.wanted is False or not self._tried(member.index, compiled_draw()):
-                member.index()
+    def end_episode(self, members: list[Member]) -> list[Member]:
+        """Move the anchors toward what the model holds. Returns as :meth:`prepare` does."""
+        failed: list[Member] = []
+        for some in _batches(members, _form_of):
+            items, anchors = list(map(_item, some)), [slot_of(member).anchor for member in some]
+            trained = list(map(torch.empty_like, anchors))
+            is_read = self._fuse_and_call(read, items, trained)
+            # What compiled code rounds may differ in the last bit from what eval() computes.
+            moved = mixing.moved_anchors(anchors, trained, [m.anchor_decay for m in some])
+            if not is_read or not self._fuse_and_call(write_all, items, moved):
+                failed += some
+        return failed
 
     def begin_episode(self, members: list[Member]) -> list[Member]:
-        """Copy the active cells of the model into the anchors. Returns as :meth:`step` does."""
+        """Copy the active cells of the model into the anchors. Returns as :meth:`prepare` does."""
         failed: list[Member] = []
-        for key, some in _batches(members, _form_of):
-            views = [member.cells.view() for member in some]
-            indices = [member.index() for member in some]
-            anchors = [slot_of(member).anchor for member in some]
-            made_for = key, len(some)
-            if not self._run(mixing.copy_active_, made_for, views, indices, anchors):
+        for some in _batches(members, _form_of):
+            if not self._fuse_and_call(begin_episodes, list(map(_item, some))):
                 failed += some
-                continue
-            for member in some:
-                slot = slot_of(member)
-                if slot.value is not None:
-                    slot.value.copy_(slot.anchor)
         return failed
 
-    def _run(self, function: Any, key: Hashable, *args: Any, **kwargs: Any) -> bool:
-        """Call a function as compiled code; False where it cannot be compiled.
+    def _fuse_and_call(self, function: Callable[..., None], *args: Any) -> bool:
+        made = self._tried(fuse, function, *args)
+        return made is not None and self._called(*made)
 
-        It is compiled in its first call, before it does anything. Where memory runs out, and where
-        code fails that has run before, something may have been written: that is raised.
-        """
+    def _called(self, fused: Fused, tensors: list[Tensor]) -> bool:
+        if fused.has_run:
+            fused(tensors)
+            return True
+
+        # What is wrong with compiled code shows in its first call, before it does anything.
+        def call() -> bool:
+            fused(tensors)
+            return True
+
+        return self._tried(call) is not None
+
+    def _tried(self, call: Callable[..., Any], *args: Any) -> Any:
+        """What a call returns; None where a compiler failed, as it may with any exception."""
         if self.wanted is False:
-            return False
-        kernel = _kernel(function, key)
-        if kernel in _proven:
-            kernel(*args, **kwargs)
-            return True
-        if self._tried(kernel, *args, **kwargs):
-            _proven.add(kernel)
-            return True
-        return False
-
-    def _tried(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+            return None
         try:
-            call(*args, **kwargs)
+            return call(*args)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler may fail with any
+        except Exception as error:
             self._give_up(error)
-            return False
-        return True
+            return None
 
     def _wants(self, member: Member) -> bool:
         if member.cells.local.is_cuda:
@@ -167,29 +220,26 @@ class Compiler:
         """What compiled code depends on of a member with a gradient."""
         grad = member.cells.gradient
         assert grad is not None
-        return (
-            _form_of(member),
-            grad.dtype,
-            grad.stride(),
-            type(grad),
-            tuple(self.base.state[member.param]),
-            member.dither is None,
-        )
+        return _form_of(member), grad.dtype, grad.stride(), type(grad), id(member.group)
 
-    def _options(self, member: Member) -> dict[str, Any]:
-        """The options of a member's group as compiled code takes them.
+    def _part(self, members: list[Member]) -> Part:
+        """Members that are stepped with the same options, as compiled code takes them.
 
-        They choose a form of the step without branches on values, which can be fused with gather
-        and scatter: the plain one, or that for all tensors at once, of which the compiler makes few
-        kernels. A float lr goes into a tensor: as a number it would recompile with every change.
+        The options choose a form of the step without branches on values, which can be fused with
+        gather and scatter: the plain one, or that for all tensors at once, of which the compiler
+        makes few kernels.
         """
-        options = options_of(self.base, member)
-        foreach = is_launched(member.param)
+        options = options_of(self.base, members[0])
+        foreach = is_launched(members[0].param)
         chosen = {"fused": False, "foreach": foreach, "capturable": True}
         options.update({key: value for key, value in chosen.items() if key in options})
-        if not isinstance(options["lr"], Tensor):
-            options["lr"] = torch.tensor(options["lr"], dtype=torch.float64, device="cpu")
-        return options
+        del options["lr"]
+        states = [
+            {key: item for key, item in self.base.state[m.param].items() if is_own(self.base, key)}
+            for m in members
+        ]
+        plain = without_optimizer(type(self.base))  # type: ignore[arg-type]
+        return Part(list(map(_item, members)), states, plain, options)
 
     def _give_up(self, error: Exception) -> None:
         if self.wanted is not False:
@@ -206,21 +256,9 @@ def _compiles_on_cuda() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@cache
-def compiled_draw() -> Callable[..., Tensor]:
-    """The compiled form of the stratified sampler, one for all shapes."""
-    return torch.compile(stratified_cells, dynamic=True)
-
-
-def _form_without_lr(options: dict[str, Any]) -> Hashable:
-    """The options that are part of compiled code: all numbers but the lr."""
-    others = {key: option for key, option in options.items() if key != "lr"}
-    return form_of_options(others, numbers=True)
-
-
-def _lr_is_zero(group: dict[str, Any]) -> bool:
+def lr_is_zero(group: dict[str, Any]) -> bool:
     """Whether compiled code would divide by zero: Adam's divides by the lr."""
-    lr = group["lr"]
+    lr = group.get("lr")
     return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)
 
 
@@ -237,12 +275,24 @@ def _form_of(member: Member) -> Hashable:
     )
 
 
-def _without_number(item: Item) -> Item:
-    """With the key of its random bits in a tensor: a number would recompile in every episode."""
-    if item.dither is None:
-        return item
-    key = torch.tensor(item.dither.key, device="cpu")
-    return item._replace(dither=item.dither._replace(key=key))
+def _item(member: Member) -> Item:
+    """A member as compiled code takes it: a number would have it compiled in every episode."""
+    item = Item.of(member)
+    if item.dither is not None:
+        key = torch.tensor(item.dither.key, device="cpu")
+        item = item._replace(dither=item.dither._replace(key=key))
+    return item
+
+
+def _lr(members: list[Member]) -> Tensor:
+    """Their learning rate, a tensor: of a number there would be code for each value."""
+    lr = scaled_lr(members[0].group["lr"], members[0].rate)
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+
+
+def _drawn_with(member: Member) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of its index set."""
+    return member.param.device, member.cells.grid.address_dtype
 
 
 def _move_to_device(members: list[Member], state: Any) -> None:
@@ -262,30 +312,42 @@ def is_launched(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _batches(
-    members: list[Member], form: Callable[[Member], Hashable]
-) -> Iterator[tuple[Hashable, list[Member]]]:
-    """Members that are alike, so many at a time that one graph is to serve them."""
-    for key, some in grouped(members, form).items():
-        size = _GPU_TENSORS if is_launched(some[0].param) else _CPU_TENSORS
-        for start in range(0, len(some), size):
-            yield key, some[start : start + size]
+def _batches(members: list[Member], form: Callable[[Member], Hashable]) -> Iterator[list[Member]]:
+    """Members for one call of compiled code, those that are alike together.
+
+    On a CPU they are all alike, so that code serves many calls. On a GPU calls and launches are
+    what costs.
+    """
+    alike = list(grouped(members, form).values())
+    launched = [member for some in alike for member in some if is_launched(member.param)]
+    by_device = grouped(launched, lambda member: member.param.device)
+    others = [some for some in alike if not is_launched(some[0].param)]
+    for size, batches in ((_GPU_TENSORS, by_device.values()), (_CPU_TENSORS, others)):
+        for some in batches:
+            for start in range(0, len(some), size):
+                yield some[start : start + size]
 
 
-# Compiled code that has run.
-_proven: WeakSet[Callable[..., Any]] = WeakSet()
+def read(items: list[Item], trained: list[Tensor]) -> None:
+    """Copy what is trained into vectors."""
+    values = [_active(item) if item.value is None else item.value for item in items]
+    torch._foreach_copy_(trained, values)
 
 
-@lru_cache(maxsize=1024)
-def _kernel(function: Any, key: Hashable) -> Callable[..., None]:
-    """``function`` compiled for arguments of which ``key`` says all that the code depends on."""
-    # torch counts recompilations by code object and gives up after a few: every key has its own.
-    own = FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, dynamic=False, fullgraph=True)
+def write_all(items: list[Item], theta: list[Tensor]) -> None:
+    """Write packed values to the active cells of the model."""
+    for item, values in zip(items, torch._foreach_mul(theta, 1), strict=True):  # one kernel for all
+        write(item, values, place_of(item, item.written))
+
+
+def begin_episodes(items: list[Item]) -> None:
+    """Copy the active weights into the anchors, and into the values that are kept."""
+    active = list(map(_active, items))
+    kept = [(item.value, weights) for item, weights in zip(items, active, strict=True)]
+    targets = [item.anchor for item in items] + [value for value, _ in kept if value is not None]
+    sources = active + [weights for value, weights in kept if value is not None]
+    torch._foreach_copy_(targets, sources)
+
+
+def _active(item: Item) -> Tensor:
+    return mixing.gather(*place_of(item, item.weights))

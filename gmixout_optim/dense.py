@@ -70,9 +70,9 @@ class DenseLayout(Layout):
     def _begin_episodes(self, members: list[Member]) -> None:
         for member in members:
             self.residual.begin_episode(member)
-            if self.members.run.residual == "episodic":
-                shape = member.cells.form[1]
-                self._renew_state(member, shape, shape)
+        if self.members.run.residual == "episodic":
+            shape_of = {member: member.cells.form[1] for member in members}
+            self._renew_state({member: (shape, shape) for member, shape in shape_of.items()})
 
 
 class _LentParameters:

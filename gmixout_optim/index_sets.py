@@ -12,9 +12,9 @@ golden ratio, started at a key that is itself hashed from ``(seed, tensor, episo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
 # Cell indices are stored as int32, and the products below stay inside int64.
 MAX_CELLS = 2**31 - 1
 
-# On a CPU the chunks stay in cache (several times faster than whole tensors); on a GPU launches are
-# what costs.
-CPU_CHUNK = 1 << 17
+# Cells drawn at a time. On a CPU such chunks stay in cache, several times faster than whole
+# tensors; on a GPU launches are what costs, and temporaries take some 32 bytes per cell.
+CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 22
 
 # The set of draws that one key owns: counter 0 places the strata, counter i + 1 belongs to stratum
 # or cell i.
@@ -170,7 +170,6 @@ def active_cells(
     start: int = 0,
     stop: int | None = None,
     device: torch.device | str | None = None,
-    kernel: Callable[..., Tensor] = stratified_cells,
 ) -> Tensor:
     """The active cells of one tensor in one episode that lie in ``range(start, stop)``.
 
@@ -188,12 +187,23 @@ def active_cells(
             exactly the intersection of the whole set with the range, and costs in proportion to its
             length.
         device: where the indices are made.
-        kernel: :func:`stratified_cells` or a compiled form of it.
 
     Returns:
         int32 tensor of global cell indices, sorted and unique.
     """
     stop = cells if stop is None else stop
+    _check(cells, density, sampler, start, stop)
+    if start == stop:
+        return torch.empty(0, dtype=torch.int32, device=device)
+    if sampler == "bernoulli":
+        key = episode_key(seed, tensor, episode)
+        return _active_bernoulli(key, density, start, stop, device)
+    drawn = strata(cells, density, seed, tensor, episode, start, stop)
+    pieces = [stratified_cells(order, *drawn.numbers) for order in _chunks(0, drawn.size, device)]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=device)
+
+
+def _check(cells: int, density: float, sampler: Sampler, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= cells <= MAX_CELLS:
         raise ValueError(
             f"active_cells needs 0 <= start <= stop <= cells <= {MAX_CELLS}, got start={start}, "
@@ -203,23 +213,47 @@ def active_cells(
         raise ValueError(f"density must be in (0, 1], got {density!r}")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
-    if start == stop:
-        return torch.empty(0, dtype=torch.int32, device=device)
+
+
+class Strata(NamedTuple):
+    """The strata of a tensor in an episode whose picks lie in a range of its cells.
+
+    Attributes:
+        size: how many.
+        numbers: what :func:`stratified_cells` takes after ``order``, which is ``range(size)``.
+    """
+
+    size: int
+    numbers: tuple[int, ...]
+
+
+def strata(
+    cells: int, density: float, seed: int, tensor: int, episode: int, start: int, stop: int
+) -> Strata:
+    """Those of ``range(start, stop)``, which is not empty. The arguments are those of
+    :func:`active_cells`."""
     key = episode_key(seed, tensor, episode)
-    if sampler == "bernoulli":
-        return _active_bernoulli(key, density, start, stop, device)
-    strata = _Strata(cells, active_count(cells, density))
+    whole = _Strata(cells, active_count(cells, density))
     # All 64 bits: 32 are too few for a uniform place among up to 2**31 cells.
     rotation = _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
-    first, count = _strata_in_range(strata, key, rotation, start, stop)
-    numbers = (key, first, rotation, strata.cells, strata.size, strata.step, strata.shift)
-    if kernel is not stratified_cells:
-        order = torch.arange(count, device=device)
-        # From pinned memory the numbers reach a GPU without the host waiting for it.
-        on_host = torch.tensor(numbers, device="cpu", pin_memory=order.is_cuda)
-        return kernel(order, *on_host.to(order.device, non_blocking=True).unbind())
-    pieces = [stratified_cells(order, *numbers) for order in _chunks(0, count, device)]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32, device=device)
+    first, count = _strata_in_range(whole, key, rotation, start, stop)
+    return Strata(count, (key, first, rotation, cells, whole.size, whole.step, whole.shift))
+
+
+def stratified_cells_of_many(numbers: Tensor, drawn: Tensor) -> None:
+    """Write the active cells of many tensors, one after the other, into a vector.
+
+    Compiled it is one kernel for all of them, each cell of which finds its tensor.
+
+    Args:
+        numbers: int64, a row for each tensor: how many cells the tensors before it have, and the
+            numbers of :class:`Strata`.
+        drawn: of all their cells.
+    """
+    place = torch.arange(drawn.shape[0], device=drawn.device)
+    tensor = torch.bucketize(place, numbers[:, 0].contiguous(), right=True) - 1
+    start, *rest = numbers[tensor].unbind(1)
+    drawn.copy_(stratified_cells(place - start, *rest))
 
 
 def active_cells_in_block(
@@ -276,14 +310,18 @@ def active_cells_in_block(
     return local[inside]
 
 
-def _chunks(start: int, stop: int, device: torch.device | str | None) -> list[Tensor]:
-    """``range(start, stop)`` as int64 tensors small enough for the device's cache."""
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    chunk = CPU_CHUNK if on_cpu else max(1, stop - start)
-    return [
+def _chunks(start: int, stop: int, device: torch.device | str | None) -> Iterator[Tensor]:
+    """``range(start, stop)`` as int64 tensors, made one at a time."""
+    chunk = chunk_on(torch.device("cpu" if device is None else device))
+    return (
         torch.arange(low, min(low + chunk, stop), device=device)
         for low in range(start, stop, chunk)
-    ]
+    )
+
+
+def chunk_on(device: torch.device) -> int:
+    """How many cells to work on at a time."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def _active_bernoulli(
@@ -297,19 +335,19 @@ def _active_bernoulli(
 
 
 def _strata_in_range(
-    strata: _Strata, key: int, rotation: int, start: int, stop: int
+    whole: _Strata, key: int, rotation: int, start: int, stop: int
 ) -> tuple[int, int]:
     """The first stratum, in circular order, and the number of those with picks in the range.
 
     Only the two strata that the range's ends cut can have their pick outside, and these two are
     looked at on the host: no device has to be asked how many cells there are.
     """
-    low = (start - rotation) % strata.cells
+    low = (start - rotation) % whole.cells
     high = low + (stop - start) - 1
-    at_low, at_high = strata.of(low), strata.of(high % strata.cells)
+    at_low, at_high = whole.of(low), whole.of(high % whole.cells)
     ends = torch.tensor([at_low, at_high], device="cpu")
-    pick_low, pick_high = _picks(ends, key, strata.step, strata.shift).tolist()
+    pick_low, pick_high = _picks(ends, key, whole.step, whole.shift).tolist()
     first = at_low if pick_low >= low else at_low + 1
-    last = at_high if pick_high <= high % strata.cells else at_high - 1
-    turns = high // strata.cells
-    return first % strata.size, last + turns * strata.size - first + 1
+    last = at_high if pick_high <= high % whole.cells else at_high - 1
+    turns = high // whole.cells
+    return first % whole.size, last + turns * whole.size - first + 1

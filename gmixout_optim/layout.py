@@ -187,7 +187,7 @@ class Layout(ABC):
             self.look_closely()
         else:
             self.look()
-        left, moved = [], []
+        left, moved, ended = [], [], []
         for member in self.members.trained():
             slot = slot_of(member)
             if keep_foreign and slot.foreign:
@@ -195,8 +195,13 @@ class Layout(ABC):
                 continue
             if slot.foreign or slot.trained_foreign:
                 moved.append(member)
-            self.residual.end_episode(member)
+            ended.append(member)
+        self._end_episodes(ended)
         return left, moved
+
+    def _end_episodes(self, members: list[Member]) -> None:
+        for member in members:
+            self.residual.end_episode(member)
 
     def begin_episode(self) -> None:
         self.members.run.begin_episode()
@@ -207,10 +212,29 @@ class Layout(ABC):
             slot.foreign = slot.trained_foreign = False
         self.seal()
 
-    def _renew_state(self, member: Member, shape: torch.Size, new_shape: torch.Size) -> None:
-        """Make the base's state of a member fresh, whose per-cell tensors are to change shape."""
-        group, initial = member.shown_group, member.initial_state
-        renew_state(self.base, member.param, group, shape, new_shape, initial)
+    def _renew_state(self, shapes: dict[Member, tuple[torch.Size, torch.Size]]) -> None:
+        """Make the base's state of members fresh, whose per-cell tensors are to change shape.
+
+        Tensors are filled together: on a GPU each call would be a launch.
+        """
+        fills: dict[tuple[Any, torch.dtype], list[Tensor]] = {}
+        for member, (shape, new_shape) in shapes.items():
+            for tensor, number in renew_state(
+                self.base,
+                member.param,
+                member.shown_group,
+                shape,
+                new_shape,
+                member.initial_state,
+            ):
+                if type(tensor) is not Tensor or (number and not tensor.is_floating_point()):
+                    tensor.fill_(number)
+                else:
+                    fills.setdefault((number, tensor.dtype), []).append(tensor)
+        for (number, _), tensors in fills.items():
+            torch._foreach_zero_(tensors)
+            if number:
+                torch._foreach_add_(tensors, number)
 
     def reanchor(self) -> None:
         """Take the weights now in the model as the anchor. An episode begins after it."""

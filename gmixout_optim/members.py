@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from threading import RLock
@@ -102,6 +102,11 @@ class Member:
         return self.rates.at(cells.density, self.run.steps_in_episode, cells.are_outputs)
 
     @property
+    def full_rate(self) -> float:
+        """:attr:`rate` after the episode's warm-up."""
+        return self.rates.at(self.cells.density, self.rates.warmup, self.cells.are_outputs)
+
+    @property
     def shown_group(self) -> dict[str, Any]:
         """Its group as the base is shown it: with the learning rate that it trains with."""
         if "lr" not in self.group:
@@ -115,14 +120,19 @@ class Member:
             return None
         return self.cells.dither(self.run.seed, self.run.episode)
 
-    def index(self, *kernel: Callable[..., Tensor]) -> Tensor:
-        """Where its active cells lie in the running episode; drawn once, by ``kernel`` if given."""
+    def index(self) -> Tensor:
+        """Where its active cells lie in the running episode; drawn once."""
         draws, grid, device = self.run.draws, self.cells.grid, self.param.device
         kept = self._index
         if kept is None or kept[0] != draws or kept[1] is not grid or kept[2].device != device:
-            index = self.cells.draw(self.run.seed, self.run.episode, *kernel)
+            index = self.cells.draw(self.run.seed, self.run.episode)
             kept = self._index = draws, grid, index
         return kept[2]
+
+    def take_cells(self, cell: Tensor) -> None:
+        """Take the active cells of the running episode, which somebody else drew."""
+        grid = self.cells.grid
+        self._index = self.run.draws, grid, grid.address(cell)
 
     def mask(self) -> Tensor:
         """Its active weights: bool, of the parameter's shape."""

@@ -7,13 +7,14 @@ shape (cells,), (cells, inner) or (outer, cells, inner), and int32 or int64 tens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from gmixout_optim.cells import Dither
-from gmixout_optim.index_sets import CPU_CHUNK, random_bits
+from gmixout_optim.index_sets import chunk_on, random_bits
 from gmixout_optim.rounding import stochastic_round
 
 # Above this number of cells throughput outweighs call overhead.
@@ -22,9 +23,12 @@ _MANY_CELLS = 1 << 9
 
 def gather(view: Tensor, index: Tensor) -> Tensor:
     """The active cells of a view, packed, in its dtype."""
-    # On a CPU take is the fastest gather of single elements, index_select of rows, each by 2x.
-    if view.ndim == 1:
+    # On a CPU take is the fastest gather of single elements, index_select of rows, each by 2x. On a
+    # GPU an int32 index spares a launch.
+    if view.ndim == 1 and view.is_cpu:
         return view.take(index.long())
+    if view.ndim == 1:
+        return view.index_select(0, index)
     view, index = flat(view, index)
     return view.index_select(0, index).view(-1)
 
@@ -50,7 +54,26 @@ def scatter_(view: Tensor, index: Tensor, packed: Tensor) -> None:
         # On a CPU index_copy_ takes time for each item, whatever its size.
         if index.shape[0] >= _MANY_CELLS and view.is_cpu and _in_words(view) and _in_words(cells):
             view, cells = view.view(torch.float64), cells.view(torch.float64)
-    view.index_copy_(0, index.long(), cells)
+    if view.is_cpu or not torch.are_deterministic_algorithms_enabled():
+        view.index_copy_(0, index.long(), cells)
+        return
+    with without_sorting():
+        view.index_copy_(0, index.long(), cells)
+
+
+@contextmanager
+def without_sorting() -> Iterator[None]:
+    """Inside the block deterministic algorithms are off.
+
+    With them torch sorts what a scatter on a GPU writes. Unique indices have no order to keep.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def flat(view: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +100,9 @@ def narrowed(packed: Tensor, dtype: torch.dtype, index: Tensor, dither: Dither |
     if dither is None:
         return packed
     number = dither.grid.elements_at(index)
-    in_chunks = packed.is_cpu and not torch.compiler.is_compiling()
-    size = CPU_CHUNK if in_chunks else max(1, packed.shape[0])
+    size = max(1, packed.shape[0])
+    if not torch.compiler.is_compiling():
+        size = chunk_on(packed.device)
     pieces = [
         stochastic_round(some, dtype, random_bits(dither.key, at))
         for some, at in zip(torch.split(packed, size), torch.split(number, size), strict=True)
@@ -115,9 +139,17 @@ def moved_anchor(anchor: Tensor, value: Tensor, decay: float) -> Tensor:
     return torch.lerp(anchor, value, 1 - decay)
 
 
-def copy_active_(
-    views: Sequence[Tensor], indices: Sequence[Tensor], anchors: Sequence[Tensor]
-) -> None:
-    """Copy the active cells of each view into its packed anchor, in place."""
-    for view, index, anchor in zip(views, indices, anchors, strict=True):
-        anchor.copy_(gather(view, index))
+def moved_anchors(
+    anchors: Sequence[Tensor], values: Sequence[Tensor], decays: Sequence[float]
+) -> list[Tensor]:
+    """:func:`moved_anchor` of many tensors, to the last bit, in few launches."""
+    moved = [
+        moved_anchor(anchor, value, decay) if decay in (0, 1) else value
+        for anchor, value, decay in zip(anchors, values, decays, strict=True)
+    ]
+    for decay in set(decays) - {0, 1}:
+        places = [place for place, each in enumerate(decays) if each == decay]
+        starts, ends = [anchors[place] for place in places], [values[place] for place in places]
+        for place, anchor in zip(places, torch._foreach_lerp(starts, ends, 1 - decay), strict=True):
+            moved[place] = anchor
+    return moved

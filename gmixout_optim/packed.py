@@ -20,7 +20,7 @@ from gmixout_optim.bases import (
     per_cell_state,
     step_is_its_own,
 )
-from gmixout_optim.compiled import Compiler
+from gmixout_optim.compiled import Compiler, is_launched
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members
 from gmixout_optim.packed_gradient import PackedGradient
@@ -28,10 +28,13 @@ from gmixout_optim.packed_step import (
     Item,
     SettledGroups,
     form_of_options,
+    form_without_lr,
+    gradient_of,
     packed_step,
     partition,
     step_in_batches,
 )
+from gmixout_optim.plan import Facts, Plan
 from gmixout_optim.rates import shown_groups
 from gmixout_optim.residual import EpisodicResidual, slot_of
 
@@ -46,33 +49,30 @@ class PackedLayout(Layout):
     """
 
     def __init__(self, base: Optimizer, members: Members, compile: bool | Literal["auto"]) -> None:
+        self.residual: EpisodicResidual
         super().__init__(base, members, EpisodicResidual(wide=True))
         static_shapes = members.run.sampler == "stratified"
         self.compiler = Compiler(base, compile, static_shapes)
         # What a base can refuse an option for; numbers may follow a schedule.
         self._settled = SettledGroups(base, partial(form_of_options, numbers=False))
+        # What compiled code depends on.
+        self._settled_numbers = SettledGroups(base, form_without_lr)
+        self._plan: Plan | None = None
 
     def step(self, closure: Closure | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        learning = [member for member in self.members if member.cells.gradient is not None]
-        for member in learning:
-            member.check_gradient()
-            if isinstance(member.cells.gradient, PackedGradient):
-                member.cells.gradient.current_for(member)
-        self.look()
-        self.open(learning)
-        self.pack_state()
-        batched, lent = self._split(learning)
-        compiled, eager = self.compiler.split_step(batched)
+        for member in self.members:
+            grad = member.param.grad
+            if type(grad) is PackedGradient:
+                grad.current_for(member)  # raises where it is not
+        plan, self._plan = self._plan, None
+        if plan is None or not self._holds(plan):
+            plan = self._make_plan()
         try:
-            if lent or not batched or self._has_other_gradients(batched):
-                self._step_base(lent, hidden=batched)
-            mark_stepped(self.base)
-            step_in_batches(self.base, eager)
-            step_in_batches(self.base, self.compiler.step(compiled))
+            is_steady = self._run(plan) and plan.is_steady
         except BaseException:
             for member in self.members.trained():
                 # Whether its values were stepped is not known: the model says.
@@ -80,7 +80,42 @@ class PackedLayout(Layout):
             self.look()
             raise
         self.seal(stepped=True)
+        if is_steady:
+            self._plan = plan._replace(facts=Facts(self.base, self.members))
         return loss
+
+    def _holds(self, plan: Plan) -> bool:
+        return plan.facts is not None and Facts(self.base, self.members).hold(plan.facts)
+
+    def _make_plan(self) -> Plan:
+        """How to take the step that comes. Raises where it cannot be taken."""
+        learning = [member for member in self.members if member.cells.gradient is not None]
+        for member in learning:
+            member.check_gradient()
+        self.look()
+        self.open(learning)
+        self.pack_state()
+        batched, lent = self._split(learning)
+        settled = self._settled_numbers.ids()
+        compiled, eager = self.compiler.split_step(batched, settled)
+        calls, failed = self.compiler.prepare(compiled)
+        hidden = {member.param for member in batched}
+        params = [param for group in self.base.param_groups for param in group["params"]]
+        others = [param for param in params if param not in hidden]
+        is_steady = not lent and len(settled) == len(self.base.param_groups)
+        return Plan(lent, batched, others, eager + failed, calls, is_steady)
+
+    def _run(self, plan: Plan) -> bool:
+        """Returns whether it was taken as planned."""
+        has_others = any(param.grad is not None for param in plan.others)
+        if plan.lent or not plan.batched or has_others:
+            self._step_base(plan.lent, hidden=plan.batched)
+        mark_stepped(self.base)
+        step_in_batches(self.base, plan.eager)
+        failed = [call for call in plan.calls if not self.compiler.run(call)]
+        for call in failed:
+            step_in_batches(self.base, [member for part in call.parts for member in part])
+        return not failed
 
     def _split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
         """The members to step in batches, past the base, and those that the base itself steps.
@@ -99,15 +134,6 @@ class PackedLayout(Layout):
             return has_state and id(member.group) in settled and not member.is_repeated
 
         return partition(members, is_ready)
-
-    def _has_other_gradients(self, members: list[Member]) -> bool:
-        """Whether there is a gradient beside those of the members."""
-        params = {member.param for member in members}
-        return any(
-            param.grad is not None and param not in params
-            for group in self.base.param_groups
-            for param in group["params"]
-        )
 
     def _step_base(self, members: list[Member], hidden: list[Member]) -> None:
         """The base itself steps packed values in place of parameters, and what is not mixed.
@@ -140,20 +166,29 @@ class PackedLayout(Layout):
                 for value in trained:
                     value.grad = None
 
-        packed_step(list(map(Item.of, members)), enter=enter)
+        packed_step(list(map(Item.of, members)), list(map(gradient_of, members)), enter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # compiled code stays behind
 
     def _begin_episodes(self, members: list[Member]) -> None:
+        self._plan = None
         compiled, eager = self.compiler.split(members)
-        self.compiler.draw(compiled)
+        self.compiler.draw([member for member in compiled if is_launched(member.param)])
+        shapes = {}
         for member in self.members:
             shape = new_shape = member.cells.form[1]
             if member.slot is not None:
                 size = member.cells.grid.size_at(member.index())
                 shape, new_shape = member.slot.anchor.shape, torch.Size([size])
-            self._renew_state(member, shape, new_shape)
-        eager += self.compiler.begin_episode(compiled)
-        for member in eager:
+            shapes[member] = shape, new_shape
+        self._renew_state(shapes)
+        for member in eager + self.compiler.begin_episode(compiled):
             self.residual.begin_episode(member)
+
+    def _end_episodes(self, members: list[Member]) -> None:
+        compiled, eager = self.compiler.split(list(filter(self.residual.moves, members)))
+        super()._end_episodes(eager + self.compiler.end_episode(compiled))
 
     def pack_state(self) -> None:
         for member in self.members.trained():

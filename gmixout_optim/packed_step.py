@@ -1,24 +1,27 @@
 """One step on packed values: gather weights and gradients, step the base, write back.
 
 :func:`packed_step` is all of it. It is called with the base itself, or with a plain form of the
-base on a few tensors at a time, eagerly or compiled.
+base on a few tensors at a time, eagerly or compiled (:func:`step_parts`).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.cells import Dither
+from gmixout_optim.cells import Dither, Grid
 from gmixout_optim.members import Member
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.residual import slot_of
+
+K = TypeVar("K", bound=Hashable)
 
 # Bytes of packed gradients in a batch on a CPU: more do not stay in its caches until they are used,
 # fewer do not outweigh the call of the base.
@@ -26,65 +29,98 @@ _BATCH_BYTES = 1 << 22
 
 
 class Item(NamedTuple):
-    """One tensor of a step, its view as in :mod:`gmixout_optim.mixing`.
+    """One tensor of a step.
 
     Attributes:
+        grid: its cells.
+        weights, written: the parameter, once to be read and once to be written. Compiled code is
+            not told that the two are one.
         indices: of its active cells.
         value: what is trained, where the model does not hold it.
-        grad: the gradient of the weights: a view, or packed already.
+        is_packed: whether the gradient is that of the active cells, packed, or of all weights.
         scale: s.
         dither: how what is written is rounded.
     """
 
-    view: Tensor
+    grid: Grid
+    weights: Tensor
+    written: Tensor
     indices: Tensor
     value: Tensor | None
     anchor: Tensor
-    grad: Tensor
     is_packed: bool
     scale: float
     dither: Dither | None
 
     @classmethod
     def of(cls, member: Member) -> Item:
-        slot, grid, grad = slot_of(member), member.cells.grid, member.cells.gradient
-        assert grad is not None
-        is_packed = isinstance(grad, PackedGradient)
-        grad = grad.current_for(member) if isinstance(grad, PackedGradient) else grid.view(grad)
+        slot, weights = slot_of(member), member.cells.local
         return cls(
-            grid.view(member.cells.local),
+            member.cells.grid,
+            weights,
+            weights,
             member.index(),
             slot.value,
             slot.anchor,
-            grad,
-            is_packed,
+            isinstance(member.cells.gradient, PackedGradient),
             member.scale,
             member.dither,
         )
 
 
-def packed_step(items: list[Item], enter: Callable[..., None], **entered: Any) -> None:
+def gradient_of(member: Member) -> Tensor:
+    """The gradient of all weights, or that of the active cells where it was packed."""
+    grad = member.cells.gradient
+    assert grad is not None
+    return grad.current_for(member) if isinstance(grad, PackedGradient) else grad
+
+
+def packed_step(
+    items: list[Item], grads: Sequence[Tensor], enter: Callable[..., None], **entered: Any
+) -> None:
     """A step on the active cells of some tensors.
 
     Args:
+        grads: of :func:`gradient_of`.
         enter: ``enter(trained, grads, **entered)`` steps the base on packed values, in place.
     """
     items = [item._replace(indices=item.indices.long()) for item in items]
-    places = [mixing.flat(item.view, item.indices) for item in items]
+    places = [place_of(item, item.weights) for item in items]
     trained = [
         mixing.gather(*place) if item.value is None else item.value
         for item, place in zip(items, places, strict=True)
     ]
-    enter(trained, list(map(_used_gradient, items, trained)), **entered)
+    enter(trained, list(map(_used_gradient, items, grads, trained)), **entered)
     for item, place, value in zip(items, places, trained, strict=True):
         theta = mixing.model_values(item.anchor, value, item.scale)
-        rounded = mixing.narrowed(theta, item.view.dtype, item.indices, item.dither)
-        mixing.scatter_(*place, rounded)
+        write(item, theta, place if item.written is item.weights else place_of(item, item.written))
 
 
-def _used_gradient(item: Item, value: Tensor) -> Tensor:
+def write(item: Item, theta: Tensor, place: tuple[Tensor, Tensor]) -> None:
+    """Write packed values to a place, rounded to the model's dtype."""
+    rounded = mixing.narrowed(theta, item.weights.dtype, item.indices, item.dither)
+    mixing.scatter_(*place, rounded)
+
+
+def place_of(item: Item, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A view of a tensor and an index of it: the active cells, for compiled code their elements.
+
+    Of these the compiler makes one loop with the step of the base.
+    """
+    view = item.grid.view(tensor)
+    if torch.compiler.is_compiling():
+        return view.reshape(-1), item.grid.offsets_at(item.indices)
+    return mixing.flat(view, item.indices)
+
+
+def _used_gradient(item: Item, grad: Tensor, value: Tensor) -> Tensor:
     """The gradient of the packed values: s * grad on the active cells, in their dtype."""
-    active = item.grad if item.is_packed else mixing.gather_gradient(item.grad, item.indices)
+    if item.is_packed:
+        active = grad
+    elif torch.compiler.is_compiling():
+        active = mixing.gather(*place_of(item, grad))
+    else:
+        active = mixing.gather_gradient(item.grid.view(grad), item.indices)
     active = active if active.dtype == value.dtype else active.to(value.dtype)
     return active if item.scale == 1 else active * item.scale
 
@@ -133,25 +169,64 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
             options["capturable"] = True  # else each tensor waits for its step count
         for batch in _cached_batches(alike):
             states = [base.state[member.param] for member in batch]
-            items = list(map(Item.of, batch))
-            packed_step(items, enter=step_plain, states=states, plain=plain, options=options)
+            items, grads = list(map(Item.of, batch)), list(map(gradient_of, batch))
+            packed_step(items, grads, step_plain, states=states, plain=plain, options=options)
+
+
+class Part(NamedTuple):
+    """Tensors of a step that the base steps with the same options.
+
+    Attributes:
+        states: of the base.
+        plain: of :func:`without_optimizer`.
+        options: but for the learning rate.
+    """
+
+    items: list[Item]
+    states: list[dict[str, Any]]
+    plain: type
+    options: dict[str, Any]
+
+
+def step_parts(parts: list[Part], grads: list[Tensor], lrs: list[Tensor]) -> None:
+    """:func:`packed_step` on some parts, as one function to compile.
+
+    Args:
+        grads: of the items of all parts.
+        lrs: of the parts.
+    """
+    start = 0
+    for part, lr in zip(parts, lrs, strict=True):
+        stop = start + len(part.items)
+        options = {**part.options, "lr": lr}
+        packed_step(
+            part.items,
+            grads[start:stop],
+            step_plain,
+            states=part.states,
+            plain=part.plain,
+            options=options,
+        )
+        start = stop
 
 
 def by_options(members: list[Member]) -> Iterable[list[Member]]:
     """Members that the base steps with the same options: of one group, at one rate."""
-    return grouped(members, lambda member: (id(member.group), member.rate)).values()
+    return grouped(members, lambda member: (id(member.group), member.full_rate)).values()
 
 
 def options_of(base: Optimizer, member: Member) -> dict[str, Any]:
-    group = member.shown_group
-    return {key: group[key] for key in base.defaults}
+    return own_options(base, member.shown_group)
 
 
-def grouped(
-    members: list[Member], key: Callable[[Member], Hashable]
-) -> dict[Hashable, list[Member]]:
+def own_options(base: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """What of a group is the base's; an older state dict lacks some."""
+    return {key: group[key] for key in base.defaults if key in group}
+
+
+def grouped(members: list[Member], key: Callable[[Member], K]) -> dict[K, list[Member]]:
     """The members by what ``key`` says of them, in order."""
-    groups: dict[Hashable, list[Member]] = {}
+    groups: dict[K, list[Member]] = {}
     for member in members:
         groups.setdefault(key(member), []).append(member)
     return groups
@@ -199,7 +274,7 @@ class SettledGroups:
     def ids(self) -> set[int]:
         settled = set()
         for number, group in enumerate(self.base.param_groups):
-            form = self.form({key: group[key] for key in self.base.defaults})
+            form = self.form(own_options(self.base, group))
             if self._last.setdefault(number, form) == form:
                 settled.add(id(group))
             self._last[number] = form
@@ -214,4 +289,12 @@ def form_of_options(options: Any, numbers: bool) -> Hashable:
         return tuple(form_of_options(item, numbers) for item in options)
     if isinstance(options, Tensor):
         return options.shape, options.dtype, options.device
-    return repr(options) if numbers or type(options) not in (int, float) else float
+    if type(options) in (int, float, bool, str, type(None)):
+        return options if numbers or type(options) not in (int, float) else float
+    return repr(options)
+
+
+def form_without_lr(options: dict[str, Any]) -> Hashable:
+    """What compiled code depends on: all numbers but the lr."""
+    others = {key: option for key, option in options.items() if key != "lr"}
+    return form_of_options(others, numbers=True)

@@ -215,8 +215,13 @@ class EpisodicResidual(Residual):
     def _write_theta(self, member: Member, theta: Tensor) -> None:
         mixing.scatter_(member.cells.view(), member.index(), theta)
 
+    def moves(self, member: Member) -> bool:
+        """Whether an episode's end writes anything that the model does not hold yet."""
+        return member.anchor_decay != 0 or slot_of(member).value is not None
+
     def end_episode(self, member: Member) -> None:
-        self._write_theta(member, self.deployed(member))
+        if self.moves(member):
+            self._write_theta(member, self.deployed(member))
 
     def begin_episode(self, member: Member) -> None:
         self.reanchor(member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from gmixout_optim import GMixoutOptimizer
+from gmixout_optim import GMixoutOptimizer, compiled, fused, packed
 from tests.optimizers import ELEMENTWISE, Case
 from tests.training import assert_equal
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.compile
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
+    fused.forget()
     counters.clear()
     yield
     torch._dynamo.reset()
@@ -222,11 +224,8 @@ def test_a_learning_rate_of_zero(case: Case, rate: object) -> None:
 def test_what_cannot_be_compiled_steps_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that were to be compiled, once, and the others of the step not again."""
 
-    def kernel(*_: object) -> object:
-        def fails(*_: object, **__: object) -> None:
-            raise TorchDynamoException("no compiler here")
-
-        return fails
+    def fails(*_: object) -> None:
+        raise TorchDynamoException("no compiler here")
 
     def build(compile: bool) -> tuple[list[nn.Parameter], GMixoutOptimizer]:
         params = parameters()
@@ -238,7 +237,7 @@ def test_what_cannot_be_compiled_steps_eagerly(monkeypatch: pytest.MonkeyPatch) 
 
     params, optimizer = build(True)
     others, eager = build(False)
-    monkeypatch.setattr("gmixout_optim.compiled._kernel", kernel)
+    monkeypatch.setattr(fused, "_compiled", fails)
     with pytest.warns(UserWarning, match="could not be compiled.*no compiler here"):
         take_steps(params, optimizer, 3)
     with warnings.catch_warnings():
@@ -250,25 +249,31 @@ def test_what_cannot_be_compiled_steps_eagerly(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("error", [TorchDynamoException, RuntimeError, OSError])
-@pytest.mark.parametrize("where", ["packed_step", "copy_active_", "draw"])
+@pytest.mark.parametrize("when", ["as it compiles", "as it is first called"])
+@pytest.mark.parametrize(
+    "where",
+    ["step_parts", "read", "write_all", "stratified_cells_of_many", "begin_episodes"],
+)
 def test_a_compiler_that_fails_anywhere_costs_nothing_but_time(
-    where: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    where: str, when: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a redraw, too: anchors have moved there, and the next episode has begun."""
-    from gmixout_optim import compiled
 
-    def fails(*_: object, **__: object) -> None:
+    def fails(*_: object) -> None:
         raise error("no compiler here")
 
-    make = compiled._kernel
+    _as_on_a_gpu(monkeypatch)
+    make, failures = fused._compiled, []
+
+    def compiles(function: Callable[..., None], *args: object) -> object:
+        if function.__name__ != where:
+            return make(function, *args)
+        failures.append(function)
+        return fails() if when == "as it compiles" else fused.Fused(fails, [])
+
+    monkeypatch.setattr(fused, "_compiled", compiles)
     params, others = parameters(), parameters()
     optimizer, eager = adamw(params, True), adamw(others, False)
-    if where == "draw":
-        monkeypatch.setattr(compiled, "compiled_draw", lambda: fails)
-    else:
-        monkeypatch.setattr(
-            compiled, "_kernel", lambda of, key: fails if of.__name__ == where else make(of, key)
-        )
     with pytest.warns(UserWarning, match="could not be compiled.*no compiler here"):
         take_steps(params, optimizer, 4)
     with warnings.catch_warnings():
@@ -276,6 +281,7 @@ def test_a_compiler_that_fails_anywhere_costs_nothing_but_time(
         take_steps(params, optimizer, 4)
     take_steps(others, eager, 4)
     take_steps(others, eager, 4)
+    assert len(failures) == 1
     assert (optimizer.episode, optimizer.steps_in_episode) == (2, 2)
     torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-6)
     assert_equal(
@@ -286,8 +292,6 @@ def test_a_compiler_that_fails_anywhere_costs_nothing_but_time(
 
 def test_compiled_code_that_has_run_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have written something already."""
-    from gmixout_optim import compiled
-
     params = parameters()
     optimizer = adamw(params, True)
     take_steps(params, optimizer, 2)
@@ -295,8 +299,7 @@ def test_compiled_code_that_has_run_fails_loudly(monkeypatch: pytest.MonkeyPatch
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(compiled, "_kernel", lambda of, key: fails)
-    monkeypatch.setattr(compiled, "_proven", {fails})
+    monkeypatch.setattr(optimizer._layout._plan.calls[0].fused, "_run", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
 
@@ -387,12 +390,18 @@ def test_anchor_decay_that_changes_compiles_nothing() -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (compiled, packed):
+        monkeypatch.setattr(module, "is_launched", lambda tensor: True)
+    monkeypatch.setattr(compiled.Compiler, "_wants", lambda self, member: True)
+
+
 @pytest.mark.parametrize(
     "case", [c for c in ELEMENTWISE if c.name in ("SGD-momentum", "AdamW", "RAdam")], ids=repr
 )
 def test_the_form_for_all_tensors_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU compiles, on a CPU: large batches, and the base's foreach form."""
-    monkeypatch.setattr("gmixout_optim.compiled.is_launched", lambda tensor: True)
+    _as_on_a_gpu(monkeypatch)
     eager, _, _ = run(case, compile=False)
     compiled, _, graphs = run(case, compile=True)
     assert graphs[3:] == [graphs[3]] * len(graphs[3:])
@@ -403,8 +412,7 @@ def test_the_form_for_all_tensors_at_once(case: Case, monkeypatch: pytest.Monkey
 def test_wide_cells_compiled_as_on_a_gpu(
     granularity: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gmixout_optim.compiled.is_launched", lambda tensor: True)
-    monkeypatch.setattr("gmixout_optim.compiled.Compiler._wants", lambda self, member: True)
+    _as_on_a_gpu(monkeypatch)
     runs = []
     for compile in (False, True):
         torch.manual_seed(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import combinations_with_replacement, pairwise, product
+from itertools import accumulate, combinations_with_replacement, pairwise, product
 from math import prod
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from gmixout_optim import index_sets
+from gmixout_optim import fused, index_sets
 from gmixout_optim.index_sets import (
     MAX_CELLS,
     SAMPLERS,
@@ -27,7 +27,8 @@ from gmixout_optim.index_sets import (
     active_cells_in_block,
     bernoulli_mask,
     episode_key,
-    stratified_cells,
+    strata,
+    stratified_cells_of_many,
 )
 from tests.index_set_tools import (
     FEW,
@@ -144,14 +145,30 @@ def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
+def drawn_together(requests: list[Request], device: str) -> list[torch.Tensor]:
+    """The sets as compiled code draws them: all in one call."""
+    drawn = [strata(**request_) for request_ in requests]
+    starts = accumulate([each.size for each in drawn], initial=0)
+    rows = [(start, *each.numbers) for start, each in zip(starts, drawn, strict=False)]
+    sizes = [each.size for each in drawn]
+    cells = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    call, tensors = fused.fuse(stratified_cells_of_many, torch.tensor(rows, device=device), cells)
+    call(tensors)
+    return list(cells.split(sizes))
+
+
 def check_compiled_stratified(device: str) -> None:
-    kernel = compile_anew(stratified_cells)
-    for (tensor, (cells, density)), episode in product(enumerate(TENSORS), range(3)):
-        whole: Request = dict(cells=cells, density=density, seed=11, tensor=tensor, episode=episode)
-        third = whole | dict(start=cells // 3, stop=cells // 3 * 2)
-        for request_ in (whole, third):
-            compiled = active_cells(**request_, device=device, kernel=kernel)
-            assert same(compiled, active_cells(**request_))
+    torch._dynamo.reset()
+    fused.forget()
+    counters.clear()
+    for episode in range(3):
+        requests = [
+            dict(cells=cells, density=density, seed=11, tensor=tensor, episode=episode, start=0)
+            | dict(stop=cells)
+            for tensor, (cells, density) in enumerate(TENSORS)
+        ]
+        for request_, cells in zip(requests, drawn_together(requests, device), strict=True):
+            assert same(cells, active_cells(**request_))
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -165,18 +182,18 @@ def check_compiled_bernoulli(device: str) -> None:
 
 
 @pytest.mark.compile
-def test_one_compilation_of_stratified_cells_serves_all_tensors_and_episodes() -> None:
-    """Those with two active cells or more: torch compiles separately for a length of 0 or 1."""
+def test_one_compilation_of_the_stratified_sampler_serves_all_episodes() -> None:
     check_compiled_stratified("cpu")
 
 
 @pytest.mark.compile
-def test_compiled_sets_of_no_or_one_cell() -> None:
-    kernel = compile_anew(stratified_cells)
-    for start in range(20):
-        part: Request = dict(seed=0, tensor=0, episode=0, start=start, stop=start + 1)
-        eager = active_cells(20, 0.5, **part)
-        assert same(active_cells(20, 0.5, **part, kernel=kernel), eager)
+def test_compiled_shards_of_no_or_one_cell() -> None:
+    requests: list[Request] = [
+        dict(cells=20, density=0.5, seed=0, tensor=0, episode=0, start=start, stop=start + 1)
+        for start in range(20)
+    ]
+    for request_, cells in zip(requests, drawn_together(requests, "cpu"), strict=True):
+        assert same(cells, active_cells(**request_))
 
 
 @pytest.mark.compile

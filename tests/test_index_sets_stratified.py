@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise, product
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmixout_optim import index_sets
-from gmixout_optim.index_sets import MAX_CELLS, active_cells, stratified_cells
+from gmixout_optim.index_sets import MAX_CELLS, active_cells, strata
 from tests.index_set_tools import (
     DENSITIES,
     EPISODES,
@@ -71,17 +70,13 @@ def test_every_possible_stratified_set_is_as_frequent_as_expected(cells: int, si
 
 
 def stratified_parts(cells: int, size: int, episode: int) -> tuple[int, Tensor, Tensor]:
-    """The rotation that the kernel is given; each stratum's length and the place of its cell."""
-    rotations = []
-
-    def spy(order: Tensor, key: Any, first: Any, rotation: Any, *others: Any) -> Tensor:
-        rotations.append(int(rotation))
-        return stratified_cells(order, key, first, rotation, *others)
-
-    cell = active_cells(cells, size / cells, seed=5, tensor=6, episode=episode, kernel=spy)
+    """The rotation; each stratum's length and the place of its cell."""
+    drawn = dict(seed=5, tensor=6, episode=episode)
+    rotation = strata(cells, size / cells, **drawn, start=0, stop=cells).numbers[2]
+    cell = active_cells(cells, size / cells, **drawn)
     starts = torch.tensor([j * cells // size for j in range(size + 1)])
-    place = ((cell - rotations[0]) % cells).sort().values
-    return rotations[0], starts.diff(), place - starts[:-1]
+    place = ((cell - rotation) % cells).sort().values
+    return rotation, starts.diff(), place - starts[:-1]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_rounding_in_pieces_changes_nothing(
 ) -> None:
     runs = []
     for chunk in (1 << 17, 64):
-        monkeypatch.setattr("gmixout_optim.mixing.CPU_CHUNK", chunk)
+        monkeypatch.setattr("gmixout_optim.index_sets.CPU_CHUNK", chunk)
         params = parameters(torch.bfloat16, [TensorSpec((60, 96), "contiguous", "w")])
         base = torch.optim.AdamW(params, lr=1e-3)
         settings = dict(mask_prob=0.5, granularity=granularity, stochastic_rounding=True)

@@ -1,0 +1,78 @@
+"""The source that torch.compile makes for a device, in place of running it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gmixout_optim import fused
+from gmixout_optim.bench.pretend.device import answering
+
+# What comes of the source of a graph: its function of a list of tensors.
+MakeCall = Callable[[str], Callable[[list[Any]], Any]]
+
+
+def capture(make_call: MakeCall) -> None:
+    """Have ``make_call`` do what is to be done with the source of each graph that is compiled."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+    from torch._inductor.fx_passes import joint_graph
+    from torch._inductor.graph import GraphLowering
+
+    def to_module(self: Any, code: Any) -> Any:
+        module: Any = ModuleType("captured")
+        module.__file__, module.key, module.call = "/dev/null", str(id(code)), make_call(code.value)
+        return module
+
+    GraphLowering._compile_to_module_lines = to_module  # type: ignore[method-assign,assignment]
+    config.force_disable_caches = True
+    config.compile_threads = 1
+    functorch_config.enable_autograd_cache = False
+    # These make real tensors on the device.
+    config.joint_graph_constant_folding = False
+    joint_graph.lazy_init = answering(None)
+    for message in (".*pgo.*", ".*data pointer of FakeTensor.*", ".*freshly initialised.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+class Capture:
+    """The sources that the library's compiled code consists of.
+
+    Attributes:
+        sources: of all graphs.
+        note: called with the function and the number of the source in each call of compiled code.
+    """
+
+    def __init__(self) -> None:
+        self.sources: list[str] = []
+        self.note: Callable[[str, int], None] = lambda function, number: None
+
+    def start(self) -> None:
+        """From now on compiled code is source, and does nothing when it is called."""
+        capture(self._keep)
+        compiled = fused._compiled
+        fused.forget()
+
+        def noting(function: Callable[..., None], args: Any, leaves: list[Any]) -> fused.Fused:
+            number = len(self.sources)
+            with _disable_current_modes():
+                made = compiled(function, args, leaves)
+            run = made._run
+
+            def call(*tensors: Any) -> None:
+                self.note(function.__name__, number)
+                with _disable_current_modes():
+                    run(*tensors)
+
+            made._run = call
+            return made
+
+        fused._compiled = noting
+
+    def _keep(self, source: str) -> Callable[[list[Any]], Any]:
+        self.sources.append(source)
+        return answering(())

@@ -1,0 +1,111 @@
+"""Functions compiled for tensors that are alike, and called without the guards of torch.compile.
+
+In each call torch.compile checks whatever it took for granted. For hundreds of tensors that takes
+longer than the kernels. Here all that compiled code depends on is in a key, which is made once for
+as long as the arguments stay.
+
+A function is traced on stand-ins: fake tensors, each with memory of its own. A tensor may so be
+given to it twice, and code that gathers from the one and scatters to the other becomes one kernel.
+That nothing is read after it was written is up to the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gmixout_optim.mixing import without_sorting
+
+# Sizes and indices are right by construction, and to check them takes time in each call.
+_OPTIONS = {"size_asserts": False, "assert_indirect_indexing": False}
+
+# So many are kept for optimizers to come.
+_MOST_KEPT = 1024
+_kept: dict[Hashable, Fused] = {}
+
+
+class Fused:
+    """Compiled code of a function that returns nothing and works on its tensors in place.
+
+    Attributes:
+        has_run: whether a call has ever succeeded.
+    """
+
+    def __init__(self, run: Callable[..., Any], places: list[int]) -> None:
+        self._run = run
+        self._places = places
+        self.has_run = False
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Call it with tensors in the order in which they lie in the function's arguments."""
+        self._run(*[tensors[place] for place in self._places])
+        self.has_run = True
+
+
+def fuse(function: Callable[..., None], *args: Any) -> tuple[Fused, list[Tensor]]:
+    """Compiled code of a function for arguments that are like these, and the tensors among them.
+
+    Args:
+        args: constants, and tensors, in nested lists, tuples and dicts.
+
+    Raises:
+        Exception: whatever a compiler may fail with.
+    """
+    leaves, structure = tree_flatten(args)
+    key = function, str(structure), tuple(map(_form, leaves)), torch.get_default_dtype()
+    if key not in _kept:
+        if len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        with FakeTensorMode():
+            stand_ins = list(map(_stand_in, leaves))
+        _kept[key] = _compiled(function, tree_unflatten(stand_ins, structure), stand_ins)
+    return _kept[key], [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def forget() -> None:
+    """Have everything compiled again."""
+    _kept.clear()
+
+
+def _form(leaf: Any) -> Hashable:
+    """What compiled code depends on of an argument."""
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.shape, leaf.stride(), leaf.device
+    return leaf if isinstance(leaf, type) else (type(leaf), repr(leaf))
+
+
+def _stand_in(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+
+
+def _compiled(function: Callable[..., None], args: Any, leaves: list[Any]) -> Fused:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    place_of = {id(tensor): place for place, tensor in enumerate(tensors)}
+    made: list[Fused] = []
+
+    def backend(graph: Any, examples: Any) -> Callable[..., tuple[()]]:
+        if graph.graph.output_node().args[0]:
+            raise RuntimeError(f"{function.__name__} makes new tensors for a state it is given")
+        run = torch._inductor.compile(graph, examples, options=_OPTIONS)
+
+        def note_places(*inputs: Tensor) -> tuple[()]:
+            made.append(Fused(run, [place_of[id(tensor)] for tensor in inputs]))
+            return ()
+
+        return note_places
+
+    # torch counts recompilations by code object and gives up after a few: each has its own.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    with torch.no_grad(), without_sorting():
+        torch.compile(own, dynamic=False, fullgraph=True, backend=backend)(*args)
+    if not made:
+        raise RuntimeError("torch.compile is switched off")
+    return made[0]
