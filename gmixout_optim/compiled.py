@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Hashable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
@@ -51,12 +51,22 @@ class Call(NamedTuple):
 
     Attributes:
         tensors: what it takes before gradients and learning rates.
-        parts: whom it steps, those at one rate together.
+        members: whom it steps.
+        rates: the group of each of its parts, and how many times its learning rate that trains
+            with after the warm-up.
     """
 
     fused: Fused
     tensors: list[Tensor]
-    parts: list[list[Member]]
+    members: list[Member]
+    rates: list[tuple[dict[str, Any], float]]
+
+    def arguments(self) -> list[Tensor]:
+        """Raises RuntimeError where a packed gradient is of an episode that has ended."""
+        grads = list(map(gradient_of, self.members))
+        risen = self.members[0].risen
+        lrs = [scaled_lr(group["lr"], rate * risen) for group, rate in self.rates]
+        return [*self.tensors, *grads, *_as_tensors(lrs)]
 
 
 class Compiler:
@@ -108,26 +118,20 @@ class Compiler:
         _move_to_device(members, self.base.state)
         for some in _batches(members, self._form_of_step):
             parts = list(map(list, by_options(some)))
-            ordered = [member for part in parts for member in part]
+            members = [member for part in parts for member in part]
             described = list(map(self._part, parts))
-            grads, lrs = list(map(gradient_of, ordered)), list(map(_lr, parts))
-            made = self._tried(fuse, step_parts, described, grads, lrs)
+            grads = list(map(gradient_of, members))
+            rates = [(part[0].group, part[0].full_rate) for part in parts]
+            lrs = _as_tensors([group["lr"] for group, _ in rates])
+            changing = len(grads) + len(lrs)
+            made = self._tried(partial(fuse, step_parts, described, grads, lrs, changing=changing))
             if made is None:
                 failed += some
             else:
                 fused, tensors = made
-                fixed = tensors[: len(tensors) - len(grads) - len(lrs)]
-                calls.append(Call(fused, fixed, parts))
+                fixed = tensors[: len(tensors) - changing]
+                calls.append(Call(fused, fixed, members, rates))
         return calls, failed
-
-    def run(self, call: Call) -> bool:
-        """Gather, step, write. False where it could not be compiled, and nothing has changed.
-
-        Where memory runs out, and where code fails that has run before, something may have been
-        written: that is raised.
-        """
-        grads = [gradient_of(member) for part in call.parts for member in part]
-        return self._called(call.fused, [*call.tensors, *grads, *map(_lr, call.parts)])
 
     def draw(self, members: list[Member]) -> list[Member]:
         """Draw their index sets. Returns the members that could not be, as :meth:`prepare` does."""
@@ -177,14 +181,19 @@ class Compiler:
 
     def _fuse_and_call(self, function: Callable[..., None], *args: Any) -> bool:
         made = self._tried(fuse, function, *args)
-        return made is not None and self._called(*made)
+        return made is not None and self.called(*made)
 
-    def _called(self, fused: Fused, tensors: list[Tensor]) -> bool:
+    def called(self, fused: Fused, tensors: list[Tensor]) -> bool:
+        """Call compiled code. False where it could not be compiled, and nothing has changed.
+
+        What is wrong with it shows in its first call, before it does anything. Where memory runs
+        out, and where code fails that has run before, something may have been written: that is
+        raised.
+        """
         if fused.has_run:
             fused(tensors)
             return True
 
-        # What is wrong with compiled code shows in its first call, before it does anything.
         def call() -> bool:
             fused(tensors)
             return True
@@ -284,10 +293,11 @@ def _item(member: Member) -> Item:
     return item
 
 
-def _lr(members: list[Member]) -> Tensor:
-    """Their learning rate, a tensor: of a number there would be code for each value."""
-    lr = scaled_lr(members[0].group["lr"], members[0].rate)
-    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+def _as_tensors(lrs: list[Any]) -> list[Tensor]:
+    """Learning rates as tensors: of a number there would be code for each value."""
+    numbers = [0.0 if isinstance(lr, Tensor) else lr for lr in lrs]
+    made = torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind()
+    return [lr if isinstance(lr, Tensor) else each for lr, each in zip(lrs, made, strict=True)]
 
 
 def _drawn_with(member: Member) -> tuple[torch.device, torch.dtype]:

@@ -12,6 +12,7 @@ That nothing is read after it was written is up to the function.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +25,8 @@ from gmixout_optim.mixing import without_sorting
 
 # Sizes and indices are right by construction, and to check them takes time in each call.
 _OPTIONS = {"size_asserts": False, "assert_indirect_indexing": False}
+
+_ALIGNMENT = 16  # bytes
 
 # So many are kept for optimizers to come.
 _MOST_KEPT = 1024
@@ -39,31 +42,47 @@ class Fused:
 
     def __init__(self, run: Callable[..., Any], places: list[int]) -> None:
         self._run = run
-        self._places = places
+        self._ordered = _picking(places)
         self.has_run = False
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Call it with tensors in the order in which they lie in the function's arguments."""
-        self._run(*[tensors[place] for place in self._places])
+        self._run(*self._ordered(tensors))
         self.has_run = True
 
 
-def fuse(function: Callable[..., None], *args: Any) -> tuple[Fused, list[Tensor]]:
+def _picking(places: list[int]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """What picks the tensors at these places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda tensors: [tensors[place] for place in places]
+
+
+def fuse(
+    function: Callable[..., None], *args: Any, changing: int = 0
+) -> tuple[Fused, list[Tensor]]:
     """Compiled code of a function for arguments that are like these, and the tensors among them.
 
     Args:
         args: constants, and tensors, in nested lists, tuples and dicts.
+        changing: how many of the tensors, the last ones, will be others in each call. Only of these
+            it is checked how they are aligned.
 
     Raises:
         Exception: whatever a compiler may fail with.
     """
     leaves, structure = tree_flatten(args)
-    key = function, str(structure), tuple(map(_form, leaves)), torch.get_default_dtype()
+    staying = len(leaves) - changing
+    form = (*map(_form, leaves), *map(_is_aligned, leaves[:staying]))
+    key = function, str(structure), form, torch.get_default_dtype()
     if key not in _kept:
         if len(_kept) >= _MOST_KEPT:
             del _kept[next(iter(_kept))]
         with FakeTensorMode():
             stand_ins = list(map(_stand_in, leaves))
+        for leaf, stand_in in zip(leaves[:staying], stand_ins, strict=False):
+            if isinstance(leaf, Tensor) and _is_aligned(leaf):
+                torch._dynamo.mark_static_address(stand_in, guard=False)
         _kept[key] = _compiled(function, tree_unflatten(stand_ins, structure), stand_ins)
     return _kept[key], [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -78,6 +97,11 @@ def _form(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.dtype, leaf.shape, leaf.stride(), leaf.device
     return leaf if isinstance(leaf, type) else (type(leaf), repr(leaf))
+
+
+def _is_aligned(leaf: Any) -> bool:
+    """Whether code may read it in the largest pieces; an argument that is no tensor has no say."""
+    return not isinstance(leaf, Tensor) or leaf.data_ptr() % _ALIGNMENT == 0
 
 
 def _stand_in(leaf: Any) -> Any:

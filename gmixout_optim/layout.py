@@ -168,9 +168,8 @@ class Layout(ABC):
         for member in trained:
             slot = slot_of(member)
             slot.version = member.cells.version
-            if stepped:
-                slot.trained_foreign = slot.trained_foreign or slot.foreign
-                slot.foreign = False
+            if stepped and slot.foreign:
+                slot.trained_foreign, slot.foreign = True, False
 
     # Episodes
 

@@ -98,13 +98,17 @@ class Member:
     @property
     def rate(self) -> float:
         """How many times its group's learning rate it trains with in the step that comes."""
-        cells = self.cells
-        return self.rates.at(cells.density, self.run.steps_in_episode, cells.are_outputs)
+        return self.full_rate * self.risen
+
+    @property
+    def risen(self) -> float:
+        """The share of the full rate in the step that comes."""
+        return self.rates.risen(self.run.steps_in_episode)
 
     @property
     def full_rate(self) -> float:
         """:attr:`rate` after the episode's warm-up."""
-        return self.rates.at(self.cells.density, self.rates.warmup, self.cells.are_outputs)
+        return self.rates.full(self.cells.density, self.cells.are_outputs)
 
     @property
     def shown_group(self) -> dict[str, Any]:
@@ -203,6 +207,9 @@ class Members:
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._of.values())
+
+    def __len__(self) -> int:
+        return len(self._of)
 
     def __contains__(self, param: object) -> bool:
         return param in self._of
@@ -415,7 +422,7 @@ class Members:
         self.bind(groups)
         for group in groups:
             check_anchor_decay(group["anchor_decay"])
-        for member in self:
+        for member in {id(member.group): member for member in self}.values():
             group, cells = member.group, member.cells
             fixed = (group["mask_prob"], group["granularity"])
             if fixed != (cells.mask_prob, cells.granularity):

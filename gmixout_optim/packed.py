@@ -23,7 +23,6 @@ from gmixout_optim.bases import (
 from gmixout_optim.compiled import Compiler, is_launched
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members
-from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.packed_step import (
     Item,
     SettledGroups,
@@ -34,7 +33,7 @@ from gmixout_optim.packed_step import (
     partition,
     step_in_batches,
 )
-from gmixout_optim.plan import Facts, Plan
+from gmixout_optim.plan import Plan
 from gmixout_optim.rates import shown_groups
 from gmixout_optim.residual import EpisodicResidual, slot_of
 
@@ -64,15 +63,14 @@ class PackedLayout(Layout):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for member in self.members:
-            grad = member.param.grad
-            if type(grad) is PackedGradient:
-                grad.current_for(member)  # raises where it is not
         plan, self._plan = self._plan, None
-        if plan is None or not self._holds(plan):
+        if plan is None or not plan.holds():
             plan = self._make_plan()
+        for member in plan.eager + plan.lent:
+            gradient_of(member)  # may raise
+        arguments = [call.arguments() for call in plan.calls]
         try:
-            is_steady = self._run(plan) and plan.is_steady
+            is_steady = self._run(plan, arguments) and plan.is_steady
         except BaseException:
             for member in self.members.trained():
                 # Whether its values were stepped is not known: the model says.
@@ -81,17 +79,16 @@ class PackedLayout(Layout):
             raise
         self.seal(stepped=True)
         if is_steady:
-            self._plan = plan._replace(facts=Facts(self.base, self.members))
+            plan.note()
+            self._plan = plan
         return loss
-
-    def _holds(self, plan: Plan) -> bool:
-        return plan.facts is not None and Facts(self.base, self.members).hold(plan.facts)
 
     def _make_plan(self) -> Plan:
         """How to take the step that comes. Raises where it cannot be taken."""
         learning = [member for member in self.members if member.cells.gradient is not None]
         for member in learning:
             member.check_gradient()
+            gradient_of(member)  # may raise
         self.look()
         self.open(learning)
         self.pack_state()
@@ -99,22 +96,20 @@ class PackedLayout(Layout):
         settled = self._settled_numbers.ids()
         compiled, eager = self.compiler.split_step(batched, settled)
         calls, failed = self.compiler.prepare(compiled)
-        hidden = {member.param for member in batched}
-        params = [param for group in self.base.param_groups for param in group["params"]]
-        others = [param for param in params if param not in hidden]
         is_steady = not lent and len(settled) == len(self.base.param_groups)
-        return Plan(lent, batched, others, eager + failed, calls, is_steady)
+        return Plan(self.base, self.members, lent, batched, eager + failed, calls, is_steady)
 
-    def _run(self, plan: Plan) -> bool:
-        """Returns whether it was taken as planned."""
+    def _run(self, plan: Plan, arguments: list[list[Tensor]]) -> bool:
+        """Returns whether it was taken as planned. ``arguments`` are those of its calls."""
         has_others = any(param.grad is not None for param in plan.others)
         if plan.lent or not plan.batched or has_others:
             self._step_base(plan.lent, hidden=plan.batched)
         mark_stepped(self.base)
         step_in_batches(self.base, plan.eager)
-        failed = [call for call in plan.calls if not self.compiler.run(call)]
+        given = zip(plan.calls, arguments, strict=True)
+        failed = [call for call, each in given if not self.compiler.called(call.fused, each)]
         for call in failed:
-            step_in_batches(self.base, [member for part in call.parts for member in part])
+            step_in_batches(self.base, call.members)
         return not failed
 
     def _split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:

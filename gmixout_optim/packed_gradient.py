@@ -115,7 +115,8 @@ class PackedGradient(Tensor):
                 "other weights are active now: call zero_grad() before backward(), and backward() "
                 "again after resample(), resync() or load_state_dict()"
             )
-        return self.active.to(member.cells.local.device)
+        device = member.param.device
+        return self.active if self.active.device == device else self.active.to(device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (

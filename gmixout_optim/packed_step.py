@@ -70,9 +70,9 @@ class Item(NamedTuple):
 
 def gradient_of(member: Member) -> Tensor:
     """The gradient of all weights, or that of the active cells where it was packed."""
-    grad = member.cells.gradient
+    grad = member.cells.param.grad
     assert grad is not None
-    return grad.current_for(member) if isinstance(grad, PackedGradient) else grad
+    return grad.current_for(member) if type(grad) is PackedGradient else grad
 
 
 def packed_step(

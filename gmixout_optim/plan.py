@@ -1,13 +1,14 @@
-"""How a step is taken, and how long the next ones can be taken in the same way.
+"""How a step is taken, and whether the next one can be taken in the same way.
 
-To find that out takes much longer than to launch the kernels.
+To find out how takes longer than to launch the kernels of the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from operator import is_
-from typing import Any, NamedTuple
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,50 +19,12 @@ from gmixout_optim.compiled import Call, lr_is_zero
 from gmixout_optim.members import Member, Members
 from gmixout_optim.packed_step import form_of_options, form_without_lr, own_options
 
-
-class Facts:
-    """All that the way of a step depends on, quick to collect and to compare.
-
-    Attributes:
-        values: compared by value.
-        objects: compared by identity.
-    """
-
-    def __init__(self, base: Optimizer, members: Members) -> None:
-        params = [member.param for member in members]
-        slots = [member.slot for member in members]
-        grads = [param.grad for param in params]
-        self.values: list[Any] = [
-            members.run.draws,
-            step_is_its_own(base),
-            [(param.data_ptr(), param.stride(), param.shape, param.dtype) for param in params],
-            [
-                grad is not None and (type(grad), grad.layout is torch.strided and grad.stride())
-                for grad in grads
-            ],
-            [
-                slot is None or param.is_inference() or slot.version == param._version
-                for slot, param in zip(slots, params, strict=True)
-            ],
-            [_form_of_group(base, group) for group in base.param_groups],
-        ]
-        self.objects: list[Any] = list(params)
-        for slot in slots:
-            if slot is not None:
-                self.objects += (slot.anchor, slot.value)
-        for entry in base.state.values():
-            self.objects += entry.values()
-
-    def hold(self, before: Facts) -> bool:
-        """Whether they are what they were."""
-        return (
-            self.values == before.values
-            and len(self.objects) == len(before.objects)
-            and all(map(is_, self.objects, before.objects))
-        )
+_version_of = attrgetter("_version")
+_layout_of = attrgetter("layout")
+_dtype_of = attrgetter("dtype")
 
 
-class Plan(NamedTuple):
+class Plan:
     """How a step is taken.
 
     Attributes:
@@ -69,17 +32,87 @@ class Plan(NamedTuple):
         batched: all other members, of which ``eager`` are stepped eagerly and ``calls`` step those
             that are compiled.
         others: the parameters beside the latter, which the base itself steps.
-        is_steady: whether the next step is to be taken in the same way if nothing changes.
-        facts: after the step.
+        is_steady: whether the next step is to be taken in the same way, if it :meth:`holds`.
     """
 
-    lent: list[Member]
-    batched: list[Member]
-    others: list[Tensor]
-    eager: list[Member]
-    calls: list[Call]
-    is_steady: bool
-    facts: Facts | None = None
+    def __init__(
+        self,
+        base: Optimizer,
+        members: Members,
+        lent: list[Member],
+        batched: list[Member],
+        eager: list[Member],
+        calls: list[Call],
+        is_steady: bool,
+    ) -> None:
+        self._base = base
+        self._members = members
+        self.lent = lent
+        self.batched = batched
+        self.eager = eager
+        self.calls = calls
+        self.is_steady = is_steady
+        hidden = {member.param for member in batched}
+        params = (param for group in base.param_groups for param in group["params"])
+        self.others = [param for param in params if param not in hidden]
+        self._is_noted = False
+
+    def note(self) -> None:
+        """Note after a step what its way depended on."""
+        if self._is_noted:
+            return
+        params = [member.param for member in self._members]
+        self.is_steady = self.is_steady and not any(param.is_inference() for param in params)
+        self._params = params
+        self._weights = [param.detach() for param in params]
+        self._learning = [param for param in params if param.grad is not None]
+        self._idle = [param for param in params if param.grad is None]
+        self._values = self._values_now()
+        self._gradients = self._gradients_now()
+        self._objects = self._objects_now()
+        self._is_noted = True
+
+    def holds(self) -> bool:
+        """Whether nothing but gradients, learning rates and weights has changed since."""
+        trained = self._members.trained()
+        return (
+            len(self._members) == len(self._params)
+            and not any(param.grad is not None for param in self._idle)
+            and all(map(Tensor.is_set_to, self._params, self._weights))
+            and self._values == self._values_now()
+            and self._gradients == self._gradients_now()
+            # Nobody else has written, and nothing is to be looked at.
+            and [member.slot.version for member in trained if member.slot]
+            == list(map(_version_of, [member.cells.param for member in trained]))
+            and self._keeps_objects()
+        )
+
+    def _values_now(self) -> list[Any]:
+        base = self._base
+        options = [_form_of_group(base, group) for group in base.param_groups]
+        dtypes = list(map(_dtype_of, self._params))
+        return [self._members.run.draws, step_is_its_own(base), options, dtypes]
+
+    def _gradients_now(self) -> list[Any]:
+        grads = [param.grad for param in self._learning]
+        kinds = list(map(type, grads))
+        if type(None) in kinds:
+            return kinds
+        layouts = list(map(_layout_of, grads))
+        if layouts.count(torch.strided) < len(layouts):
+            return [kinds, layouts]
+        return [kinds, [grad.stride() for grad in grads if grad is not None]]
+
+    def _objects_now(self) -> list[Any]:
+        slots = [member.slot for member in self._members]
+        kept = [slot.anchor for slot in slots if slot]
+        kept_values = [slot.value for slot in slots if slot]
+        state = chain.from_iterable(map(dict.values, self._base.state.values()))
+        return [*kept, *kept_values, *state]
+
+    def _keeps_objects(self) -> bool:
+        objects = self._objects_now()
+        return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
 
 
 def _form_of_group(base: Optimizer, group: dict[str, Any]) -> Hashable:

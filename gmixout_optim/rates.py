@@ -34,18 +34,21 @@ class Rates:
     resample_every: int | None
     keeps_size: bool
 
-    def at(self, density: float, steps_in_episode: int, of_outputs: bool) -> float:
-        """The rate of the step that comes after so many in the episode.
+    def full(self, density: float, of_outputs: bool) -> float:
+        """The rate after the warm-up.
 
         Args:
             density: d, as drawn.
             of_outputs: whether all weights of an output are active at once.
         """
-        risen = min(1.0, (steps_in_episode + 1) / max(1, self.warmup))
         if self.lr_scale != "auto":
-            return self.lr_scale * risen
+            return self.lr_scale
         average = 1.0 if self.keeps_size else density ** (-0.5 if of_outputs else -1.0)
-        return average / self._mean_risen * risen
+        return average / self._mean_risen
+
+    def risen(self, steps_in_episode: int) -> float:
+        """The share of the full rate in the step that comes after so many in the episode."""
+        return min(1.0, (steps_in_episode + 1) / max(1, self.warmup))
 
     @cached_property
     def _mean_risen(self) -> float:

@@ -325,10 +325,12 @@ class WrappingOptimizer(Optimizer):
 
     def _take_gradients(self) -> None:
         """Have backward make the gradients wanted, also after thawing, consolidate(), a redraw."""
+        active = self._grad_layout == "active"
         if self._grad_layout != "dense":
             for member in self._members:
-                if not self._members.is_held_elsewhere(member.param):
-                    take_gradients(member, self._grad_layout == "active")
+                is_taken = member.packs_gradients and not active
+                if not is_taken and not self._members.is_held_elsewhere(member.param):
+                    take_gradients(member, active)
 
     def _give_up_gradients(self) -> None:
         """Have them be what backward makes of them, until a further step."""
