@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from gmixout_optim import mixing
 from gmixout_optim.bases import is_own, resets_in_place
 from gmixout_optim.fused import Fused, fuse
-from gmixout_optim.index_sets import stratified_cells_of_many
+from gmixout_optim.index_sets import Strata, stratified_cells_of_many
 from gmixout_optim.members import Member
 from gmixout_optim.packed_step import (
     Item,
@@ -44,6 +44,9 @@ from gmixout_optim.warn import warn
 # tensors of a graph share theirs.
 _CPU_TENSORS = 6
 _GPU_TENSORS = 64
+
+# A GPU reads 16 bytes at once, where they are aligned.
+_ALIGNED_CELLS = 4
 
 
 class Call(NamedTuple):
@@ -141,21 +144,21 @@ class Compiler:
             strata = {m: m.cells.strata(m.run.seed, m.run.episode) for m in on_device}
             rows: list[tuple[int, ...]] = []
             for some in alike.values():
-                starts = accumulate((strata[member].size for member in some), initial=0)
+                starts = accumulate((_room(strata[member]) for member in some), initial=0)
                 rows += [(next(starts), *strata[member].numbers) for member in some]
             # From pinned memory the numbers reach a GPU without the host waiting for it.
             on_host = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda")
             numbers = on_host.to(device, non_blocking=True)
             parts = numbers.split(list(map(len, alike.values())))  # type: ignore[no-untyped-call]
             for (dtype, some), part in zip(alike.items(), parts, strict=True):
-                sizes = [strata[member].size for member in some]
-                drawn = torch.empty(sum(sizes), dtype=dtype, device=device)
+                rooms = [_room(strata[member]) for member in some]
+                drawn = torch.empty(sum(rooms), dtype=dtype, device=device)
                 if not self._fuse_and_call(stratified_cells_of_many, part, drawn):
                     failed += some
                     continue
-                cells = drawn.split(sizes)  # type: ignore[no-untyped-call]
+                cells = drawn.split(rooms)  # type: ignore[no-untyped-call]
                 for member, cell in zip(some, cells, strict=True):
-                    member.take_cells(cell)
+                    member.take_cells(cell[: strata[member].size])
         return failed
 
     def end_episode(self, members: list[Member]) -> list[Member]:
@@ -291,6 +294,11 @@ def _item(member: Member) -> Item:
         key = torch.tensor(item.dither.key, device="cpu")
         item = item._replace(dither=item.dither._replace(key=key))
     return item
+
+
+def _room(strata: Strata) -> int:
+    """Room for cells among those of other tensors, so that each begins at an aligned address."""
+    return -(-strata.size // _ALIGNED_CELLS) * _ALIGNED_CELLS
 
 
 def _as_tensors(lrs: list[Any]) -> list[Tensor]:

@@ -246,9 +246,10 @@ def stratified_cells_of_many(numbers: Tensor, drawn: Tensor) -> None:
     Compiled it is one kernel for all of them, each cell of which finds its tensor.
 
     Args:
-        numbers: int64, a row for each tensor: how many cells the tensors before it have, and the
-            numbers of :class:`Strata`.
-        drawn: of all their cells.
+        numbers: int64, a row for each tensor: where in the vector its cells begin, and the numbers
+            of :class:`Strata`.
+        drawn: the vector. Between the cells of two tensors there may be room, in which any number
+            is written.
     """
     place = torch.arange(drawn.shape[0], device=drawn.device)
     tensor = torch.bucketize(place, numbers[:, 0].contiguous(), right=True) - 1
