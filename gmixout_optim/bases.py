@@ -92,6 +92,13 @@ def is_lr(lr: Any) -> bool:
     return isinstance(lr, Real | Tensor) and not isinstance(lr, bool)
 
 
+def lr_is_zero(group: dict[str, Any]) -> bool:
+    """Whether a group is not to move. A learning rate on a device is not waited for."""
+    lr = group.get("lr")
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    return not on_device and bool(lr == 0)
+
+
 def follows_lr(base: Optimizer) -> bool:
     """Whether the base steps each parameter at the learning rate that its group has in that step.
 

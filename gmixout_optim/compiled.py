@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import is_own, resets_in_place
+from gmixout_optim.bases import is_own, lr_is_zero, resets_in_place
 from gmixout_optim.fused import Fused, fuse
 from gmixout_optim.index_sets import Strata, stratified_cells_of_many
 from gmixout_optim.members import Member
@@ -108,6 +108,7 @@ class Compiler:
         wanted, others = self.split(members)
         if not wanted:
             return [], members
+        # Adam's compiled step divides by the learning rate.
         zero = {id(group) for group in self.base.param_groups if lr_is_zero(group)}
         # Compiled, A + s * (phi - A) may round differently than where the library computes it
         # eagerly.
@@ -266,12 +267,6 @@ class Compiler:
 def _compiles_on_cuda() -> bool:
     """Without Triton (on Windows, say) torch.compile has nothing to compile to."""
     return importlib.util.find_spec("triton") is not None
-
-
-def lr_is_zero(group: dict[str, Any]) -> bool:
-    """Whether compiled code would divide by zero: Adam's divides by the lr."""
-    lr = group.get("lr")
-    return not (isinstance(lr, Tensor) and lr.is_cuda) and bool(lr == 0)
 
 
 def _form_of(member: Member) -> Hashable:

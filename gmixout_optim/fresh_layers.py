@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from gmixout_optim.members import Member
+from gmixout_optim.on_host import numbers_of
 from gmixout_optim.warn import warn
 
 
-def looks_freshly_initialised(param: Tensor) -> bool:
-    """Whether a matrix or filter holds one constant, or what torch.nn layers start from.
+def fresh_layers(params: Iterable[Tensor]) -> list[Tensor]:
+    """The matrices and filters that hold one constant, or what torch.nn layers start from.
 
     ``torch.nn.Linear`` and the convolutions draw from U(-b, b) with b = 1 / sqrt(fan_in): a sharp
     edge at b and a variance of b**2 / 3, which training does not leave in place.
     """
-    if param.ndim < 2 or param.numel() < 2 or param.is_meta or not param.is_floating_point():
-        return False
-    weights = param.detach()
-    low, high = (float(end) for end in torch.aminmax(weights))
-    if low == high:
-        return True
-    count = param.numel()
-    bound = float(param[0].numel()) ** -0.5
-    largest = max(-low, high)
+    candidates = list(filter(_is_candidate, params))
+    ends = numbers_of([end for param in candidates for end in torch.aminmax(param.detach())])
+    fresh, edged = [], []
+    for param, low, high in zip(candidates, ends[::2], ends[1::2], strict=True):
+        if low == high:
+            fresh.append(param)
+        elif _ends_at_the_bound(param, max(-low, high)):
+            edged.append(param)
+    sizes = numbers_of([param.detach().float().square().mean() for param in edged])
+    return fresh + [
+        param
+        for param, size in zip(edged, sizes, strict=True)
+        if abs(size / (_bound(param) ** 2 / 3) - 1) < 6 * (0.8 / param.numel()) ** 0.5 + 1e-3
+    ]
+
+
+def _is_candidate(param: Tensor) -> bool:
+    is_filled = param.ndim >= 2 and param.numel() >= 2 and not param.is_meta
+    return is_filled and param.is_floating_point()
+
+
+def _bound(param: Tensor) -> float:
+    return 1 / math.sqrt(param[0].numel())
+
+
+def _ends_at_the_bound(param: Tensor, largest: float) -> bool:
     # Of n uniform draws the largest is within 10 / n of the bound, all but 1 in e**10 times.
-    edge = 1 - 10 / count
-    if count < 64 or not edge * bound <= largest <= bound * 1.001:
-        return False
-    ratio = float(weights.float().square().mean()) / (bound**2 / 3)
-    return bool(abs(ratio - 1) < 6 * (0.8 / count) ** 0.5 + 1e-3)
+    count, bound = param.numel(), _bound(param)
+    return count >= 64 and (1 - 10 / count) * bound <= largest <= bound * 1.001
 
 
 def warn_of_fresh_layers(members: Iterable[Member]) -> None:
-    names = [member.name for member in members if looks_freshly_initialised(member.param)]
+    members = list(members)
+    fresh = set(map(id, fresh_layers(member.param for member in members)))
+    names = [member.name for member in members if id(member.param) in fresh]
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warn(

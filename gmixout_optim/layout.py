@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from gmixout_optim import mixing
 from gmixout_optim.bases import Closure, renew_state
 from gmixout_optim.members import Member, Members, Slot
+from gmixout_optim.on_host import numbers_of
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.residual import Residual, slot_of
 from gmixout_optim.settings import KEY
@@ -145,8 +146,9 @@ class Layout(ABC):
 
     def look_closely(self) -> None:
         """:meth:`look`, and see whether the whole model was written to through ``.data``."""
-        replaced = [_was_replaced(*witness) for witness in self._witnesses]
-        if sum(replaced) > len(replaced) / 2:
+        changed = [_share_changed(*witness) for witness in self._witnesses]
+        shares = numbers_of([share for share in changed if share is not None])
+        if sum(share > 0.5 for share in shares) > len(changed) / 2:
             for member in self.members.trained():
                 slot = slot_of(member)
                 slot.foreign, slot.version = True, None
@@ -311,14 +313,14 @@ def _first_weights(member: Member) -> Tensor:
     return mixing.gather(cells.view(), member.index()[:few])
 
 
-def _was_replaced(member: Member, before: Tensor) -> bool:
-    """Whether most of these weights are others now."""
+def _share_changed(member: Member, before: Tensor) -> Tensor | None:
+    """How many of these weights are others now; None where they cannot be compared."""
     now = _first_weights(member)
     if (now.shape, now.dtype) != (before.shape, before.dtype):
-        return False
+        return None
     before = before.to(now.device)
     close = torch.isclose(now, before, rtol=_SMALL_CHANGE, atol=0.0, equal_nan=True)
-    return bool(close.float().mean() < 0.5)
+    return 1 - close.float().mean()
 
 
 def kept_tensors(slot: Slot) -> dict[str, Tensor]:

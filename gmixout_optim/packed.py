@@ -70,7 +70,7 @@ class PackedLayout(Layout):
             gradient_of(member)  # may raise
         arguments = [call.arguments() for call in plan.calls]
         try:
-            is_steady = self._run(plan, arguments) and plan.is_steady
+            went_as_planned = self._run(plan, arguments)
         except BaseException:
             for member in self.members.trained():
                 # Whether its values were stepped is not known: the model says.
@@ -78,8 +78,7 @@ class PackedLayout(Layout):
             self.look()
             raise
         self.seal(stepped=True)
-        if is_steady:
-            plan.note()
+        if went_as_planned and plan.note():
             self._plan = plan
         return loss
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gmixout_optim.bases import step_is_its_own
-from gmixout_optim.compiled import Call, lr_is_zero
+from gmixout_optim.bases import lr_is_zero, step_is_its_own
+from gmixout_optim.compiled import Call
 from gmixout_optim.members import Member, Members
 from gmixout_optim.packed_step import form_of_options, form_without_lr, own_options
 
@@ -32,9 +32,9 @@ class Plan:
         batched: all other members, of which ``eager`` are stepped eagerly and ``calls`` step those
             that are compiled.
         others: the parameters beside the latter, which the base itself steps.
-        is_steady: whether the next step is to be taken in the same way, if it :meth:`holds`.
     """
 
+    # ``is_steady``: whether the next step is to be taken in the same way if nothing changes.
     def __init__(
         self,
         base: Optimizer,
@@ -51,18 +51,19 @@ class Plan:
         self.batched = batched
         self.eager = eager
         self.calls = calls
-        self.is_steady = is_steady
+        self._is_steady = is_steady
         hidden = {member.param for member in batched}
         params = (param for group in base.param_groups for param in group["params"])
         self.others = [param for param in params if param not in hidden]
         self._is_noted = False
 
-    def note(self) -> None:
-        """Note after a step what its way depended on."""
+    def note(self) -> bool:
+        """Note after a step what its way depended on. False where the next one's is not known."""
         if self._is_noted:
-            return
+            return True
         params = [member.param for member in self._members]
-        self.is_steady = self.is_steady and not any(param.is_inference() for param in params)
+        if not self._is_steady or not all(map(_can_be_watched, params)):
+            return False
         self._params = params
         self._weights = [param.detach() for param in params]
         self._learning = [param for param in params if param.grad is not None]
@@ -71,6 +72,7 @@ class Plan:
         self._gradients = self._gradients_now()
         self._objects = self._objects_now()
         self._is_noted = True
+        return True
 
     def holds(self) -> bool:
         """Whether nothing but gradients, learning rates and weights has changed since."""
@@ -113,6 +115,12 @@ class Plan:
     def _keeps_objects(self) -> bool:
         objects = self._objects_now()
         return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+
+
+def _can_be_watched(param: Tensor) -> bool:
+    """Whether :meth:`Plan.holds` sees what happens to it: not without memory, or a version."""
+    is_plain = type(param) in (Tensor, torch.nn.Parameter) and not param.is_meta
+    return is_plain and not param.is_inference()
 
 
 def _form_of_group(base: Optimizer, group: dict[str, Any]) -> Hashable:

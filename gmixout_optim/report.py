@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, name_of, parameters
+from gmixout_optim.on_host import numbers_of
 from gmixout_optim.settings import KEY
 
 
@@ -119,6 +120,7 @@ def make_report(layout: Layout) -> Report:
     for number, group, place, _ in parameters(groups):
         distinct.setdefault(number, (group, place))
     numbers = {id(group): number for number, group in enumerate(groups)}
+    norms = _norms(layout)
     return Report(
         base=run.base,
         residual=run.residual,
@@ -130,14 +132,21 @@ def make_report(layout: Layout) -> Report:
         and not layout.shows_deployed
         and (run.residual == "persistent" or run.steps_in_episode > 0),
         tensors=[
-            _report_on(layout, name_of(group, place, number), group, numbers[id(group)], place)
+            _report_on(
+                layout, name_of(group, place, number), group, numbers[id(group)], place, norms
+            )
             for number, (group, place) in distinct.items()
         ],
     )
 
 
 def _report_on(
-    layout: Layout, name: str, group: dict[str, Any], group_number: int, place: int
+    layout: Layout,
+    name: str,
+    group: dict[str, Any],
+    group_number: int,
+    place: int,
+    norms: dict[Member, tuple[float, float]],
 ) -> TensorReport:
     param = group["params"][place]
     member = layout.members.get(param)
@@ -148,9 +157,9 @@ def _report_on(
         group=group_number,
         mixed=member is not None,
         note=_note(layout, group, place, member),
-        density=1.0 if member is None else float(member.mask().float().mean()),
+        density=1.0 if member is None else _density(member),
         width=1 if member is None else member.cells.grid.width,
-        drift=None if member is None else _drift(layout, member),
+        drift=None if member is None else _drift(*norms.get(member, (0.0, 0.0))),
         gradient="dense" if member is None else member.gradient_kind,
         state_bytes=nbytes_of(
             {key: item for key, item in layout.base.state.get(param, {}).items() if key != KEY}
@@ -181,15 +190,25 @@ def _why_not(member: Member) -> str:
     return "has 1 column" if shape[1] == 1 else f"{shape[1]} columns are too few"
 
 
-def _drift(layout: Layout, member: Member) -> float | None:
+def _density(member: Member) -> float:
+    return member.cells.grid.size_at(member.index()) / member.param.numel()
+
+
+def _norms(layout: Layout) -> dict[Member, tuple[float, float]]:
+    """How far the active weights of trained members have moved, and the size of the anchor."""
+    members = layout.open_members()
+    norms: list[Tensor] = []
+    for member in members:
+        anchor = layout.residual.active_anchor(member)
+        moved = layout.residual.theta(member).to(anchor.dtype) - anchor
+        norms += _norm(moved), _norm(anchor)
+    numbers = numbers_of(norms)
+    return dict(zip(members, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
+
+
+def _drift(moved: float, size: float) -> float | None:
     """Relative to the anchor, which says nothing where the anchor is zero."""
-    if member.slot is None:
-        return None
-    layout.slot(member)
-    anchor = layout.residual.active_anchor(member)
-    moved = layout.residual.theta(member).to(anchor.dtype) - anchor
-    size = _norm(anchor)
-    return float(_norm(moved) / size) if anchor.numel() and size > 0 else None
+    return moved / size if size > 0 else None
 
 
 def _row(tensor: TensorReport) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import checkpoint, settings
 from gmixout_optim.active_gradient import can_be_active, give_up_gradients, take_gradients
-from gmixout_optim.bases import guard, initial_state
+from gmixout_optim.bases import guard, initial_state, lr_is_zero
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, parameters
@@ -360,7 +360,7 @@ class WrappingOptimizer(Optimizer):
         return (
             self._run.episode == self._run.steps_in_episode == 0
             and not self._members.trained()
-            and all(group.get("lr") == 0 for group in self.param_groups)
+            and all(map(lr_is_zero, self.param_groups))
             and not any(
                 bool(param.grad.any())
                 for group in self.param_groups
@@ -380,7 +380,7 @@ class WrappingOptimizer(Optimizer):
             )
         self._members.check_groups(self.param_groups)
         self._members.hold()
-        if self._run.residual == "persistent":  # which may have been consolidated
+        if self._layout.shows_deployed:  # the persistent residual, after consolidate()
             self._layout.show_live()
 
     def _warn_of_kept(self, written: list[Member], call: str) -> None:

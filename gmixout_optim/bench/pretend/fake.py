@@ -86,7 +86,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind is _aten.nonzero:
             self.note(self.waits, f"nonzero {where()}")
             return torch.empty(max(1, args[0].numel() // 10), args[0].ndim, device=CUDA).long()
-        if kind in (_aten.index, _aten.index_put_, _aten.index_put):
+        is_fill = kind is not _aten.index and len(args) > 2 and _is_number(args[2])
+        if kind in (_aten.index, _aten.index_put_, _aten.index_put) and not is_fill:
             for index in args[1]:
                 if index is not None and index.dtype in (torch.bool, torch.uint8):
                     self.note(self.waits, f"index by a mask {where()}")
@@ -121,6 +122,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with unset_fake_temporarily():
                 return torch.ones(source.shape, dtype=dtype)
         return torch.empty(source.shape, dtype=dtype, device=to)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether an assignment by a mask is a fill."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_cpu
 
 
 def _is_of_device(item: Any) -> bool:
@@ -160,7 +166,7 @@ def pass_fakes_as_tensors() -> None:
         kind = builtins.type(item, *more) if more else builtins.type(item)
         return Tensor if kind is FakeTensor else kind
 
-    for name in ("bases", "layout", "packed", "packed_gradient", "plan"):
+    for name in ("bases", "layout", "packed", "packed_gradient"):
         vars(sys.modules[f"gmixout_optim.{name}"])["type"] = type_of
     sys.modules["torch.optim.optimizer"]._foreach_supported_types.append(FakeTensor)
     for name, value in (("data_ptr", lambda tensor: 0), ("tolist", lambda t: [1] * t.numel())):
