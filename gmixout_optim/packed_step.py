@@ -165,8 +165,13 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
     for alike in by_options(members):
         options = options_of(base, alike[0])
         step = base.state[alike[0].param].get("step")
-        if "capturable" in options and isinstance(step, Tensor) and step.device.type != "cpu":
-            options["capturable"] = True  # else each tensor waits for its step count
+        if isinstance(step, Tensor) and step.device.type != "cpu":  # compiled code took it there
+            if "capturable" in options:
+                options["capturable"] = True  # else each tensor waits for its step count
+            elif not options.get("fused"):
+                for member in alike:
+                    state = base.state[member.param]
+                    state["step"] = state["step"].cpu()
         for batch in _cached_batches(alike):
             states = [base.state[member.param] for member in batch]
             items, grads = list(map(Item.of, batch)), list(map(gradient_of, batch))

@@ -435,13 +435,13 @@ def test_no_synchronisation_in_steps_and_few_kernels() -> None:
     optimizer = adamw(params, True)
     for param in params:
         param.grad = torch.randn_like(param)
-    for _ in range(8):
+    for _ in range(7):
         optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            optimizer.step()
-        for _ in range(7):
+            optimizer.step()  # the second of its episode
+        for _ in range(8):
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
