@@ -390,6 +390,7 @@ def test_training_loops_are_those_of_the_first_granularity() -> None:
         ("--model 1e13", "from 100 to 1e+12"),
         ("--model 1e12", "choose a smaller model"),
         ("--base lion", "invalid choice: 'lion'"),
+        ("--plan-gpu tpu", "invalid choice: 'tpu'"),
         ("--device tpu", "device must be cpu or cuda, got 'tpu'"),
         ("--rounds 1", "at least 2, got '1'"),
         ("--resample-every none", "at least 1, got 'none'"),

@@ -92,6 +92,26 @@ def test_few_launches_the_least_bytes_and_no_spills(
     assert found["registers"] <= 128
 
 
+def test_the_plan_of_a_step_on_a_gpu() -> None:
+    """Launches and bytes are the generated code's, sectors those of drawn sets."""
+    command = [sys.executable, "-W", "ignore", "-m", "gmixout_optim.bench", "--plan-gpu", "a100"]
+    command += ["--model", "1e6", "--granularity", "element", "16", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, element, wide = json.loads(done.stdout)
+    assert plain["bytes"] == plain["sectors"] == 28 * plain["weights"]
+    assert 0.09 < element["weights"] / plain["weights"] < 0.11
+    assert element["bytes"] / element["weights"] == pytest.approx(32, abs=0.2)
+    assert wide["bytes"] / wide["weights"] == pytest.approx(28.5, abs=0.2)
+    # Of three accesses to single elements each takes a sector of 32 bytes, or shares it.
+    assert 32 + 2 * 28 < element["sectors"] / element["weights"] < 32 + 3 * 28
+    assert wide["sectors"] == pytest.approx(wide["bytes"], rel=0.01)
+    for cost in (plain, element, wide):
+        assert cost["memory"] == pytest.approx(cost["sectors"] / 2.04e12)
+        assert cost["launching"] == pytest.approx(4e-6 * cost["launches"])
+    assert 0 < element["redraw"] <= 30
+
+
 def test_deterministic_algorithms_sort_nothing() -> None:
     """Torch has a scatter sort its indices then, whose order does not matter here."""
     found = json.loads(run("kernels", "element", "deterministic"))

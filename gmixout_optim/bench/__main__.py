@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from gmixout_optim.bench import training
+from gmixout_optim.bench import gpu_plan, training
 from gmixout_optim.bench.memory import Loop, measure_peaks
 from gmixout_optim.bench.options import Options, read_options
 from gmixout_optim.bench.progress import Progress
@@ -19,6 +19,8 @@ def main(arguments: Sequence[str]) -> int:
     """Returns 1 where a training loop failed, with the reason in the output."""
     if "--training" in arguments:
         return training.main(arguments)
+    if any(argument.startswith("--plan-gpu") for argument in arguments):
+        return gpu_plan.main(arguments)
     options = read_options(arguments)
     result = measure(options)
     print(json.dumps(result.to_dict(), indent=2) if options.json else tables(result))

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--granularity",
-        type=_granularity,
+        type=granularity,
         nargs="+",
         default=["element", 16, "column", "row"],
         metavar="G",
@@ -170,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure whole training steps instead, beside other methods: see --training --help",
     )
+    add(
+        "--plan-gpu",
+        metavar="DEVICE",
+        help="calculate what a step costs on h100, a100 or 4090 instead; --plan-gpu h100 --help",
+    )
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--no-memory", action="store_true", help="leave out the training loops")
     parts.add_argument(
@@ -196,7 +201,7 @@ def _density(text: str) -> float:
     return density
 
 
-def _granularity(text: str) -> Granularity:
+def granularity(text: str) -> Granularity:
     try:
         return check_granularity(int(text) if text.lstrip("-").isdigit() else text)
     except ValueError as error:

@@ -39,6 +39,9 @@ def capture(make_call: MakeCall) -> None:
         warnings.filterwarnings("ignore", message)
 
 
+_compiled = fused._compiled
+
+
 class Capture:
     """The sources that the library's compiled code consists of.
 
@@ -54,7 +57,7 @@ class Capture:
     def start(self) -> None:
         """From now on compiled code is source, and does nothing when it is called."""
         capture(self._keep)
-        compiled = fused._compiled
+        compiled = _compiled
         fused.forget()
 
         def noting(function: Callable[..., None], args: Any, leaves: list[Any]) -> fused.Fused:
