@@ -23,6 +23,7 @@ from gmixout_optim.bases import is_own, lr_is_zero, resets_in_place
 from gmixout_optim.fused import Fused, fuse
 from gmixout_optim.index_sets import Strata, stratified_cells_of_many
 from gmixout_optim.members import Member
+from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.packed_step import (
     Item,
     Part,
@@ -55,21 +56,24 @@ class Call(NamedTuple):
     Attributes:
         tensors: what it takes before gradients and learning rates.
         members: whom it steps.
-        rates: the group of each of its parts, and how many times its learning rate that trains
-            with after the warm-up.
+        are_packed: whether there are packed gradients among theirs.
+        rates: a member of each of its parts, and how many times its group's learning rate that
+            trains with after the warm-up.
     """
 
     fused: Fused
     tensors: list[Tensor]
     members: list[Member]
-    rates: list[tuple[dict[str, Any], float]]
+    are_packed: bool
+    rates: list[tuple[Member, float]]
 
     def arguments(self) -> list[Tensor]:
         """Raises RuntimeError where a packed gradient is of an episode that has ended."""
-        grads = list(map(gradient_of, self.members))
-        risen = self.members[0].risen
-        lrs = [scaled_lr(group["lr"], rate * risen) for group, rate in self.rates]
-        return [*self.tensors, *grads, *_as_tensors(lrs)]
+        if self.are_packed:
+            grads: list[Any] = list(map(gradient_of, self.members))
+        else:
+            grads = [member.cells.param.grad for member in self.members]
+        return [*self.tensors, *grads, *_lrs(self.rates)]
 
 
 class Compiler:
@@ -87,6 +91,7 @@ class Compiler:
         self.base = base
         self.wanted = wanted
         self.static_shapes = static_shapes
+        self._failure: str | None = None
 
     def split(self, members: list[Member]) -> tuple[list[Member], list[Member]]:
         """The members to run compiled, and the others: not wanted, or recompiled each time."""
@@ -112,7 +117,11 @@ class Compiler:
         zero = {id(group) for group in self.base.param_groups if lr_is_zero(group)}
         # Compiled, A + s * (phi - A) may round differently than where the library computes it
         # eagerly.
-        ready, unready = partition(wanted, lambda m: m.scale == 1 and id(m.group) in settled - zero)
+        settled = settled - zero
+        ready, unready = partition(
+            wanted,
+            lambda m: m.scale == 1 and id(m.group) in settled and not gradient_of(m).is_neg(),
+        )
         return ready, unready + others
 
     def prepare(self, members: list[Member]) -> tuple[list[Call], list[Member]]:
@@ -125,8 +134,8 @@ class Compiler:
             members = [member for part in parts for member in part]
             described = list(map(self._part, parts))
             grads = list(map(gradient_of, members))
-            rates = [(part[0].group, part[0].full_rate) for part in parts]
-            lrs = _as_tensors([group["lr"] for group, _ in rates])
+            rates = [(part[0], part[0].full_rate) for part in parts]
+            lrs = _lrs(rates)
             changing = len(grads) + len(lrs)
             made = self._tried(partial(fuse, step_parts, described, grads, lrs, changing=changing))
             if made is None:
@@ -134,7 +143,8 @@ class Compiler:
             else:
                 fused, tensors = made
                 fixed = tensors[: len(tensors) - changing]
-                calls.append(Call(fused, fixed, members, rates))
+                are_packed = any(type(m.param.grad) is PackedGradient for m in members)
+                calls.append(Call(fused, fixed, members, are_packed, rates))
         return calls, failed
 
     def draw(self, members: list[Member]) -> list[Member]:
@@ -255,12 +265,17 @@ class Compiler:
         return Part(list(map(_item, members)), states, plain, options)
 
     def _give_up(self, error: Exception) -> None:
-        if self.wanted is not False:
+        self.wanted = False
+        self._failure = str(error)
+
+    def tell(self) -> None:
+        """Warn of a compiler that failed, once all is as it would have been without it."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
             warn(
                 "the step could not be compiled and goes on eagerly; compile=False avoids the "
-                f"attempt: {error}"
+                f"attempt: {failure}"
             )
-        self.wanted = False
 
 
 @cache
@@ -283,9 +298,10 @@ def _form_of(member: Member) -> Hashable:
 
 
 def _item(member: Member) -> Item:
-    """A member as compiled code takes it: a number would have it compiled in every episode."""
-    item = Item.of(member)
+    """A member as compiled code takes it, which follows the parameter where its memory goes."""
+    item = Item.of(member)._replace(weights=member.param, written=member.param)
     if item.dither is not None:
+        # As a number it would have code compiled in every episode.
         key = torch.tensor(item.dither.key, device="cpu")
         item = item._replace(dither=item.dither._replace(key=key))
     return item
@@ -296,11 +312,19 @@ def _room(strata: Strata) -> int:
     return -(-strata.size // _ALIGNED_CELLS) * _ALIGNED_CELLS
 
 
-def _as_tensors(lrs: list[Any]) -> list[Tensor]:
-    """Learning rates as tensors: of a number there would be code for each value."""
+def _lrs(rates: list[tuple[Member, float]]) -> list[Tensor]:
+    """The learning rates of parts, as tensors: of a number there would be code for each value."""
+    risen = rates[0][0].risen
+    lrs = [scaled_lr(member.group["lr"], rate * risen) for member, rate in rates]
     numbers = [0.0 if isinstance(lr, Tensor) else lr for lr in lrs]
     made = torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind()
-    return [lr if isinstance(lr, Tensor) else each for lr, each in zip(lrs, made, strict=True)]
+    return [
+        # One that is not scaled may be of integers.
+        lr * 1.0 if isinstance(lr, Tensor) and not lr.is_floating_point() else lr
+        for lr in (
+            lr if isinstance(lr, Tensor) else each for lr, each in zip(lrs, made, strict=True)
+        )
+    ]
 
 
 def _drawn_with(member: Member) -> tuple[torch.device, torch.dtype]:

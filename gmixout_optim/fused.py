@@ -26,7 +26,7 @@ from gmixout_optim.mixing import without_sorting
 # Sizes and indices are right by construction, and to check them takes time in each call.
 _OPTIONS = {"size_asserts": False, "assert_indirect_indexing": False}
 
-_ALIGNMENT = 16  # bytes
+ALIGNMENT = 16  # bytes
 
 # So many are kept for optimizers to come.
 _MOST_KEPT = 1024
@@ -101,7 +101,7 @@ def _form(leaf: Any) -> Hashable:
 
 def _is_aligned(leaf: Any) -> bool:
     """Whether code may read it in the largest pieces; an argument that is no tensor has no say."""
-    return not isinstance(leaf, Tensor) or leaf.data_ptr() % _ALIGNMENT == 0
+    return not isinstance(leaf, Tensor) or leaf.data_ptr() % ALIGNMENT == 0
 
 
 def _stand_in(leaf: Any) -> Any:

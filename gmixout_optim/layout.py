@@ -158,6 +158,10 @@ class Layout(ABC):
         """Know nothing of what the model held: it is that of another run from here on."""
         self._witnesses.clear()
 
+    def tell(self) -> None:
+        """Warn of what went wrong and was made good, after all is done."""
+        return
+
     def seal(self, stepped: bool = False) -> None:
         """What the model holds now is the library's; ``stepped``: and was trained on."""
         trained = self.members.trained()
@@ -168,8 +172,8 @@ class Layout(ABC):
             (member, _first_weights(member)) for member in self._largest if member.slot is not None
         ]
         for member in trained:
-            slot = slot_of(member)
-            slot.version = member.cells.version
+            slot, param = slot_of(member), member.cells.param
+            slot.version = 0 if param.is_inference() else param._version
             if stepped and slot.foreign:
                 slot.trained_foreign, slot.foreign = True, False
 

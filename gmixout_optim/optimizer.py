@@ -218,6 +218,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         self._run.steps_in_episode += 1
         if self._run.episode_is_over:
             self._next_episode()
+        self._layout.tell()
         return loss
 
     @eagerly

@@ -162,6 +162,13 @@ class PackedLayout(Layout):
 
         packed_step(list(map(Item.of, members)), list(map(gradient_of, members)), enter)
 
+    def tell(self) -> None:
+        self.compiler.tell()
+
+    def forget(self) -> None:
+        super().forget()
+        self._plan = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # compiled code stays behind
 

@@ -347,6 +347,7 @@ class WrappingOptimizer(Optimizer):
             left, moved = self._layout.end_episode(keep_foreign)
             self._layout.begin_episode()
         self._take_gradients()
+        self._layout.tell()
         self._warn_of_mixed(moved)
         for hook in list(self._resample_hooks.values()):
             hook(self)
@@ -380,8 +381,8 @@ class WrappingOptimizer(Optimizer):
             )
         self._members.check_groups(self.param_groups)
         self._members.hold()
-        if self._layout.shows_deployed:  # the persistent residual, after consolidate()
-            self._layout.show_live()
+        if self._run.residual == "persistent" and self._layout.shows_deployed:
+            self._layout.show_live()  # after consolidate()
 
     def _warn_of_kept(self, written: list[Member], call: str) -> None:
         self._warn_once(

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,18 @@ from torch import nn
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench.models import shapes_of
 from tests.cuda_without_gpu.on_cpu import run_on_cpu
+
+STEPS = 100
+
+
+def median_time(call: Callable[[], Any]) -> float:
+    """Milliseconds."""
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
 
 
 def main(arguments: list[str]) -> None:
@@ -49,19 +62,24 @@ def main(arguments: list[str]) -> None:
         for hook in list((param._post_accumulate_grad_hooks or {}).values()):
             hook(param)
 
-    def step() -> float:
-        start = time.perf_counter()
-        optimizer.step()
-        return time.perf_counter() - start
-
     for _ in range(5):
-        step()
+        optimizer.step()
     launches = 0
-    times = [step() for _ in range(60)]
-    print(
-        f"{granularity}: {statistics.median(times) * 1e3:.2f} ms, least {min(times) * 1e3:.2f} ms, "
-        f"{launches / 60:g} launches, {torch.__version__}"
-    )
+    whole = median_time(optimizer.step)
+    print(f"{granularity}: {whole:.2f} ms, {launches // STEPS} launches")
+    plan = optimizer._layout._plan
+    assert plan is not None
+    run = [call.fused._run for call in plan.calls]
+    for call in plan.calls:
+        call.fused._run = lambda *tensors: None
+    print(f"without the generated code: {median_time(optimizer.step):.2f} ms")
+    for call, each in zip(plan.calls, run, strict=True):
+        call.fused._run = each
+    small = [nn.Parameter(torch.zeros(1)) for _ in params]
+    for param in small:
+        param.grad = torch.zeros(1)
+    plain = torch.optim.AdamW(small, fused=True)
+    print(f"AdamW(fused=True) on as many tensors of one weight: {median_time(plain.step):.2f} ms")
     if "-p" in arguments:
         profile = cProfile.Profile()
         profile.enable()
