@@ -291,16 +291,16 @@ def renew_state(
     new_shape: torch.Size,
     initial: dict[str, Any] | None,
 ) -> list[tuple[Tensor, Any]]:
-    """Make the base's state of one parameter fresh, after a redraw, but for its tensors.
+    """Make the base's state of one parameter fresh, after a redraw, but for filling its tensors.
 
-    These stay where the shape of the per-cell tensors stays. A state whose fresh values are not
-    known is dropped, and the base creates it anew.
+    Tensors are the same ones where the shape of the per-cell tensors stays. A state whose fresh
+    values are not known is dropped, and the base creates it anew.
 
     Args:
         initial: of :func:`initial_state`.
 
     Returns:
-        tensors, and the number that each is to be filled with.
+        the tensors still to be filled, each with a number, which callers do for many at once.
     """
     if type(base) in _SHARED_STATE:
         base.state.clear()

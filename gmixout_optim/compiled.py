@@ -131,9 +131,9 @@ class Compiler:
         _move_to_device(members, self.base.state)
         for some in _batches(members, self._form_of_step):
             parts = list(map(list, by_options(some)))
-            members = [member for part in parts for member in part]
+            stepped = [member for part in parts for member in part]
             described = list(map(self._part, parts))
-            grads = list(map(gradient_of, members))
+            grads = list(map(gradient_of, stepped))
             rates = [(part[0], part[0].full_rate) for part in parts]
             lrs = _lrs(rates)
             changing = len(grads) + len(lrs)
@@ -143,13 +143,12 @@ class Compiler:
             else:
                 fused, tensors = made
                 fixed = tensors[: len(tensors) - changing]
-                are_packed = any(type(m.param.grad) is PackedGradient for m in members)
-                calls.append(Call(fused, fixed, members, are_packed, rates))
+                are_packed = any(type(m.param.grad) is PackedGradient for m in stepped)
+                calls.append(Call(fused, fixed, stepped, are_packed, rates))
         return calls, failed
 
-    def draw(self, members: list[Member]) -> list[Member]:
-        """Draw their index sets. Returns the members that could not be, as :meth:`prepare` does."""
-        failed: list[Member] = []
+    def draw(self, members: list[Member]) -> None:
+        """Draw their index sets; one that could not be is drawn eagerly when it is asked for."""
         for device, on_device in grouped(members, lambda member: member.param.device).items():
             alike = grouped(on_device, lambda member: member.cells.grid.address_dtype)
             strata = {m: m.cells.strata(m.run.seed, m.run.episode) for m in on_device}
@@ -165,12 +164,10 @@ class Compiler:
                 rooms = [_room(strata[member]) for member in some]
                 drawn = torch.empty(sum(rooms), dtype=dtype, device=device)
                 if not self._fuse_and_call(stratified_cells_of_many, part, drawn):
-                    failed += some
                     continue
                 cells = drawn.split(rooms)  # type: ignore[no-untyped-call]
                 for member, cell in zip(some, cells, strict=True):
                     member.take_cells(cell[: strata[member].size])
-        return failed
 
     def end_episode(self, members: list[Member]) -> list[Member]:
         """Move the anchors toward what the model holds. Returns as :meth:`prepare` does."""
@@ -178,11 +175,15 @@ class Compiler:
         for some in _batches(members, _form_of):
             items, anchors = list(map(_item, some)), [slot_of(member).anchor for member in some]
             trained = list(map(torch.empty_like, anchors))
-            is_read = self._fuse_and_call(read, items, trained)
+            if not self._fuse_and_call(gather_trained, items, trained):
+                failed += some
+                continue
             # What compiled code rounds may differ in the last bit from what eval() computes.
             moved = mixing.moved_anchors(anchors, trained, [m.anchor_decay for m in some])
-            if not is_read or not self._fuse_and_call(write_all, items, moved):
-                failed += some
+            del trained
+            if not self._fuse_and_call(scatter_moved, items, moved):
+                for item, values in zip(items, moved, strict=True):
+                    write(item, values, place_of(item, item.weights.detach()))
         return failed
 
     def begin_episode(self, members: list[Member]) -> list[Member]:
@@ -193,35 +194,52 @@ class Compiler:
                 failed += some
         return failed
 
-    def _fuse_and_call(self, function: Callable[..., None], *args: Any) -> bool:
-        made = self._tried(fuse, function, *args)
-        return made is not None and self.called(*made)
+    def step(self, call: Call, arguments: list[Tensor]) -> bool:
+        """Gather, step, write. False where that failed in the first call, and all is as it was.
 
-    def called(self, fused: Fused, tensors: list[Tensor]) -> bool:
-        """Call compiled code. False where it could not be compiled, and nothing has changed.
-
-        What is wrong with it shows in its first call, before it does anything. Where memory runs
-        out, and where code fails that has run before, something may have been written: that is
-        raised.
+        Kernels are loaded one by one as they are first launched: those before one that fails have
+        run. Where code fails that has run before, what it has written is not known: that is raised.
         """
-        if fused.has_run:
+        if call.fused.has_run:
+            call.fused(arguments)
+            return True
+        tensors = [tensor for member in call.members for tensor in self._stepped(member)]
+        before = [tensor.clone() for tensor in tensors]
+        weights = [mixing.gather(m.cells.view(), m.index()) for m in call.members]
+
+        def run() -> bool:
+            call.fused(arguments)
+            return True
+
+        if self._tried(run):
+            return True
+        for tensor, values in zip(tensors, before, strict=True):
+            tensor.copy_(values)
+        for member, values in zip(call.members, weights, strict=True):
+            mixing.scatter_(member.cells.view(), member.index(), values)
+        return False
+
+    def _stepped(self, member: Member) -> list[Tensor]:
+        """What a step changes, but for the weights."""
+        kept = [*self.base.state[member.param].values(), slot_of(member).value]
+        return [item for item in kept if isinstance(item, Tensor)]
+
+    def _fuse_and_call(self, function: Callable[..., None], *args: Any) -> bool:
+        """False where that failed, perhaps half-way: the function may be done again."""
+
+        def run() -> bool:
+            fused, tensors = fuse(function, *args)
             fused(tensors)
             return True
 
-        def call() -> bool:
-            fused(tensors)
-            return True
+        return bool(self._tried(run))
 
-        return self._tried(call) is not None
-
-    def _tried(self, call: Callable[..., Any], *args: Any) -> Any:
+    def _tried(self, call: Callable[..., Any]) -> Any:
         """What a call returns; None where a compiler failed, as it may with any exception."""
         if self.wanted is False:
             return None
         try:
-            return call(*args)
-        except torch.OutOfMemoryError:
-            raise
+            return call()
         except Exception as error:
             self._give_up(error)
             return None
@@ -327,11 +345,6 @@ def _lrs(rates: list[tuple[Member, float]]) -> list[Tensor]:
     ]
 
 
-def _drawn_with(member: Member) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of its index set."""
-    return member.param.device, member.cells.grid.address_dtype
-
-
 def _move_to_device(members: list[Member], state: Any) -> None:
     """Step counts and the like to the parameters' devices: compiled code must not read the host's.
 
@@ -365,15 +378,15 @@ def _batches(members: list[Member], form: Callable[[Member], Hashable]) -> Itera
                 yield some[start : start + size]
 
 
-def read(items: list[Item], trained: list[Tensor]) -> None:
+def gather_trained(items: list[Item], trained: list[Tensor]) -> None:
     """Copy what is trained into vectors."""
     values = [_active(item) if item.value is None else item.value for item in items]
     torch._foreach_copy_(trained, values)
 
 
-def write_all(items: list[Item], theta: list[Tensor]) -> None:
+def scatter_moved(items: list[Item], moved: list[Tensor]) -> None:
     """Write packed values to the active cells of the model."""
-    for item, values in zip(items, torch._foreach_mul(theta, 1), strict=True):  # one kernel for all
+    for item, values in zip(items, torch._foreach_mul(moved, 1), strict=True):  # one kernel for all
         write(item, values, place_of(item, item.written))
 
 

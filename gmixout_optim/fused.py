@@ -4,9 +4,10 @@ In each call torch.compile checks whatever it took for granted. For hundreds of 
 longer than the kernels. Here all that compiled code depends on is in a key, which is made once for
 as long as the arguments stay.
 
-A function is traced on stand-ins: fake tensors, each with memory of its own. A tensor may so be
-given to it twice, and code that gathers from the one and scatters to the other becomes one kernel.
-That nothing is read after it was written is up to the function.
+A function is traced on stand-ins: fake tensors, each with memory of its own. So the same tensor can
+be passed twice, as source and as destination, and gather and scatter fuse into one kernel. The
+compiler is not told that they are one: each element must be read before it is written, which
+tests/test_cuda_without_gpu.py checks in the generated code.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gmixout_optim.mixing import without_sorting
 
-# Sizes and indices are right by construction, and to check them takes time in each call.
-_OPTIONS = {"size_asserts": False, "assert_indirect_indexing": False}
+# Sizes and indices are right by construction, and to check them takes time in each call. The others
+# are off unless somebody turned them on for models: code is shared, and called with other tensors.
+_OPTIONS = {
+    "size_asserts": False,
+    "assert_indirect_indexing": False,
+    "triton.cudagraphs": False,
+    "cpp_wrapper": False,
+    "freezing": False,
+}
 
 ALIGNMENT = 16  # bytes
 
-# So many are kept for optimizers to come.
+# Code is kept for optimizers to come; of more, that which was made first is dropped.
 _MOST_KEPT = 1024
 _kept: dict[Hashable, Fused] = {}
 
@@ -65,8 +73,8 @@ def fuse(
 
     Args:
         args: constants, and tensors, in nested lists, tuples and dicts.
-        changing: how many of the tensors, the last ones, will be others in each call. Only of these
-            it is checked how they are aligned.
+        changing: how many of the tensors, the last ones, differ from call to call. Only their
+            alignment is checked in each call.
 
     Raises:
         Exception: whatever a compiler may fail with.
@@ -100,7 +108,7 @@ def _form(leaf: Any) -> Hashable:
 
 
 def _is_aligned(leaf: Any) -> bool:
-    """Whether code may read it in the largest pieces; an argument that is no tensor has no say."""
+    """Whether code may read it in the largest pieces; what is no tensor counts as aligned."""
     return not isinstance(leaf, Tensor) or leaf.data_ptr() % ALIGNMENT == 0
 
 

@@ -103,7 +103,7 @@ def active_count(cells: int, density: float) -> int:
     return min(cells, max(1, round(density * cells)))
 
 
-class _Strata:
+class _Partition:
     """``size`` consecutive integer strata of ``range(cells)``, as equal in length as can be.
 
     Stratum j starts at ``(j * step) >> shift``, a fixed-point form of ``floor(j * cells / size)``
@@ -233,7 +233,7 @@ def strata(
     """Those of ``range(start, stop)``, which is not empty. The arguments are those of
     :func:`active_cells`."""
     key = episode_key(seed, tensor, episode)
-    whole = _Strata(cells, active_count(cells, density))
+    whole = _Partition(cells, active_count(cells, density))
     # All 64 bits: 32 are too few for a uniform place among up to 2**31 cells.
     rotation = _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
     first, count = _strata_in_range(whole, key, rotation, start, stop)
@@ -248,8 +248,7 @@ def stratified_cells_of_many(numbers: Tensor, drawn: Tensor) -> None:
     Args:
         numbers: int64, a row for each tensor: where in the vector its cells begin, and the numbers
             of :class:`Strata`.
-        drawn: the vector. Between the cells of two tensors there may be room, in which any number
-            is written.
+        drawn: the vector. What lies between the cells of two tensors is arbitrary.
     """
     place = torch.arange(drawn.shape[0], device=drawn.device)
     tensor = torch.bucketize(place, numbers[:, 0].contiguous(), right=True) - 1
@@ -336,7 +335,7 @@ def _active_bernoulli(
 
 
 def _strata_in_range(
-    whole: _Strata, key: int, rotation: int, start: int, stop: int
+    whole: _Partition, key: int, rotation: int, start: int, stop: int
 ) -> tuple[int, int]:
     """The first stratum, in circular order, and the number of those with picks in the range.
 

@@ -159,7 +159,7 @@ class Layout(ABC):
         self._witnesses.clear()
 
     def tell(self) -> None:
-        """Warn of what went wrong and was made good, after all is done."""
+        """Emit warnings that were put off until all was done."""
         return
 
     def seal(self, stepped: bool = False) -> None:
@@ -222,7 +222,7 @@ class Layout(ABC):
 
         Tensors are filled together: on a GPU each call would be a launch.
         """
-        fills: dict[tuple[Any, torch.dtype], list[Tensor]] = {}
+        fills: dict[tuple[Any, torch.dtype, torch.device], list[Tensor]] = {}
         for member, (shape, new_shape) in shapes.items():
             for tensor, number in renew_state(
                 self.base,
@@ -235,8 +235,8 @@ class Layout(ABC):
                 if type(tensor) is not Tensor or (number and not tensor.is_floating_point()):
                     tensor.fill_(number)
                 else:
-                    fills.setdefault((number, tensor.dtype), []).append(tensor)
-        for (number, _), tensors in fills.items():
+                    fills.setdefault((number, tensor.dtype, tensor.device), []).append(tensor)
+        for (number, *_), tensors in fills.items():
             torch._foreach_zero_(tensors)
             if number:
                 torch._foreach_add_(tensors, number)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> list[Any]:
-    """The numbers in 0-d tensors. The host waits once for each device, and not for each number."""
+    """The numbers in 0-d tensors. The host waits once for each device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
         groups.setdefault((tensor.device, tensor.dtype), []).append(place)

@@ -32,6 +32,7 @@ from gmixout_optim.packed_step import (
     packed_step,
     partition,
     step_in_batches,
+    take_steps_back,
 )
 from gmixout_optim.plan import Plan
 from gmixout_optim.rates import shown_groups
@@ -106,7 +107,7 @@ class PackedLayout(Layout):
         mark_stepped(self.base)
         step_in_batches(self.base, plan.eager)
         given = zip(plan.calls, arguments, strict=True)
-        failed = [call for call, each in given if not self.compiler.called(call.fused, each)]
+        failed = [call for call, each in given if not self.compiler.step(call, each)]
         for call in failed:
             step_in_batches(self.base, call.members)
         return not failed
@@ -135,6 +136,7 @@ class PackedLayout(Layout):
         Outside of its step groups hold the model's parameters, and state is keyed by them.
         """
         base = self.base
+        take_steps_back(base, members)
         lent: dict[Tensor, Tensor | None] = {member.param: None for member in hidden}
         rates = {member.param: member.rate for member in members}
 

@@ -168,14 +168,22 @@ def step_in_batches(base: Optimizer, members: list[Member]) -> None:
         if isinstance(step, Tensor) and step.device.type != "cpu":  # compiled code took it there
             if "capturable" in options:
                 options["capturable"] = True  # else each tensor waits for its step count
-            elif not options.get("fused"):
-                for member in alike:
-                    state = base.state[member.param]
-                    state["step"] = state["step"].cpu()
+            else:
+                take_steps_back(base, alike)
         for batch in _cached_batches(alike):
             states = [base.state[member.param] for member in batch]
             items, grads = list(map(Item.of, batch)), list(map(gradient_of, batch))
             packed_step(items, grads, step_plain, states=states, plain=plain, options=options)
+
+
+def take_steps_back(base: Optimizer, members: list[Member]) -> None:
+    """Step counts to the host, where forms of the base read them that are not made for a device."""
+    for member in members:
+        state, group = base.state.get(member.param, {}), member.group
+        step = state.get("step")
+        is_read = not group.get("capturable") and not group.get("fused")
+        if is_read and isinstance(step, Tensor) and step.device.type != "cpu":
+            state["step"] = step.cpu()
 
 
 class Part(NamedTuple):

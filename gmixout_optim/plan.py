@@ -1,6 +1,6 @@
 """How a step is taken, and whether the next one can be taken in the same way.
 
-To find out how takes longer than to launch the kernels of the step.
+Working this out takes longer than launching the kernels of a step.
 """
 
 from __future__ import annotations

@@ -248,11 +248,16 @@ def test_what_cannot_be_compiled_steps_eagerly(monkeypatch: pytest.MonkeyPatch) 
     assert_equal(params, others)
 
 
-@pytest.mark.parametrize("error", [TorchDynamoException, RuntimeError, OSError])
-@pytest.mark.parametrize("when", ["as it compiles", "as it is first called"])
+@pytest.mark.parametrize(
+    "error", [TorchDynamoException, RuntimeError, OSError, torch.OutOfMemoryError]
+)
+@pytest.mark.parametrize("when", ["as it compiles", "as it is first called", "half-way"])
 @pytest.mark.parametrize(
     "where",
-    ["step_parts", "read", "write_all", "stratified_cells_of_many", "begin_episodes"],
+    [
+        *("step_parts", "gather_trained", "scatter_moved", "stratified_cells_of_many"),
+        "begin_episodes",
+    ],
 )
 def test_a_compiler_that_fails_anywhere_costs_nothing_but_time(
     where: str, when: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
@@ -269,7 +274,18 @@ def test_a_compiler_that_fails_anywhere_costs_nothing_but_time(
         if function.__name__ != where:
             return make(function, *args)
         failures.append(function)
-        return fails() if when == "as it compiles" else fused.Fused(fails, [])
+        if when == "as it compiles":
+            fails()
+        made = make(function, *args)
+        run = made._run
+
+        def runs_and_fails(*tensors: torch.Tensor) -> None:
+            if when == "half-way":  # its first kernels have been launched
+                run(*tensors)
+            fails()
+
+        made._run = runs_and_fails
+        return made
 
     monkeypatch.setattr(fused, "_compiled", compiles)
     params, others = parameters(), parameters()
@@ -446,7 +462,7 @@ def test_no_synchronisation_in_steps_and_few_kernels() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
-    assert len(kernels) < len(params)
+    assert len(kernels) <= 16
 
 
 @pytest.mark.gpu

@@ -53,7 +53,7 @@ def test_steps_and_redraws_wait_for_nothing(form: str) -> None:
     wrong = [
         line
         for line in lines
-        if re.match("WAITS|ON HOST|NOT COMPILED", line)
+        if re.match("WAITS|ON HOST|NOT COMPILED|EARLY WRITE|NO PLAN", line)
         and not any(re.search(pattern, line) for pattern in ALLOWED)
     ]
     assert not wrong
@@ -76,8 +76,8 @@ def test_few_launches_the_least_bytes_and_no_spills(
     layouts = {"element": "dense", "16": "packed", "column": "packed", "row": "dense"}
     found = json.loads(run("kernels", granularity, layouts[granularity], arch))
     indices = found["indices"] / found["elements"]
-    assert found["bytes_per_element"] <= least + indices + 0.05
-    assert found["launches"] <= launches
+    assert found["bytes_per_element"] == pytest.approx(least + indices, abs=0.05)
+    assert found["launches"] == launches
     assert found["calls"] == 1
     assert found["redraw"] <= 15
     assert found["redraw_copies"] == 1

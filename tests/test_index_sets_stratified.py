@@ -31,7 +31,7 @@ from tests.index_set_tools import (
 def test_strata_partition_the_cells_evenly(cells: int, density: float, data: st.DataObject) -> None:
     """From 0 to ``cells``, with lengths that differ by one at most; ``of`` finds a place's."""
     size = ref_size(cells, density)
-    strata = index_sets._Strata(cells, size)
+    strata = index_sets._Partition(cells, size)
 
     def start(j: int) -> int:
         return j * strata.step >> strata.shift

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gmixout_optim import GMixoutOptimizer, fused
+from gmixout_optim import GMixoutOptimizer, compiled, fused, packed
 from tests.training import assert_equal
 
 Between = Callable[[GMixoutOptimizer, list[nn.Parameter], int], Any]
@@ -139,6 +140,7 @@ CHANGES: list[tuple[Between, dict[str, Any]]] = [
     (new_state, {}),
     (negated_gradients, {}),
     (weights_elsewhere, {}),
+    (transposed_weights, {}),
     (misaligned_weights, {}),
     (written_weights, {}),
     (written_weights, dict(dtype=torch.bfloat16)),
@@ -265,3 +267,32 @@ def test_warnings_that_are_errors_come_after_the_step(monkeypatch: pytest.Monkey
     assert len(calls) == 2
     assert optimizer.steps_in_episode == 3
     torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-6)
+
+
+def test_few_calls_of_python_in_a_planned_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host has to keep ahead of the device: what it does is counted, not timed."""
+    for module in (compiled, packed):
+        monkeypatch.setattr(module, "is_launched", lambda tensor: True)
+    monkeypatch.setattr(
+        fused, "_compiled", lambda function, args, leaves: fused.Fused(lambda *tensors: None, [])
+    )
+    fused.forget()
+    params = [nn.Parameter(torch.randn(20, 20)) for _ in range(100)]
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(params), compile=True)
+    for param in params:
+        param.grad = torch.ones(20, 20)
+    for _ in range(4):
+        optimizer.step()
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    fused.forget()
+    assert 100 < calls < 20 * len(params)

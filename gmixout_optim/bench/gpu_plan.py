@@ -162,7 +162,7 @@ def table(model: str, device: Device, costs: Sequence[Cost]) -> str:
         for cost in costs
     ]
     return (
-        f"A step on {model} in float32, d = 0.1, on an {device.title}. Calculated, not measured: "
+        f"A step on {model} in float32, d = 0.1; {device.title}. Calculated, not measured: "
         f"{device.bandwidth / 1e12:.2f} TB/s, and {_LAUNCH * 1e6:.0f} us for a launch; the host's "
         "other work is not in it.\n\n" + pipe_table(header, rows)
     )

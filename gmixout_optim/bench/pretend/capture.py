@@ -7,10 +7,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gmixout_optim import fused
 from gmixout_optim.bench.pretend.device import answering
+from gmixout_optim.packed_step import step_parts
 
 # What comes of the source of a graph: its function of a list of tensors.
 MakeCall = Callable[[str], Callable[[list[Any]], Any]]
@@ -39,6 +41,21 @@ def capture(make_call: MakeCall) -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _pairs(
+    function: Callable[..., None], args: Any, leaves: list[Any], made: fused.Fused
+) -> list[tuple[int, int]]:
+    if function is not step_parts:
+        return []
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    number = {place: n for n, place in enumerate(made._ordered(range(len(tensors))))}  # type: ignore[arg-type]
+    place = {id(tensor): place for place, tensor in enumerate(tensors)}
+    items = [item for part in args[0] for item in part.items if item.value is None]
+    return [
+        (number[place[id(item.weights)]], number[place[id(item.written)]])  # type: ignore[index]
+        for item in items
+    ]
+
+
 _compiled = fused._compiled
 
 
@@ -47,11 +64,13 @@ class Capture:
 
     Attributes:
         sources: of all graphs.
+        pairs: of each, the numbers of the arguments that are one parameter, read and written.
         note: called with the function and the number of the source in each call of compiled code.
     """
 
     def __init__(self) -> None:
         self.sources: list[str] = []
+        self.pairs: list[list[tuple[int, int]]] = []
         self.note: Callable[[str, int], None] = lambda function, number: None
 
     def start(self) -> None:
@@ -64,6 +83,7 @@ class Capture:
             number = len(self.sources)
             with _disable_current_modes():
                 made = compiled(function, args, leaves)
+            self.pairs.append(_pairs(function, args, leaves, made))
             run = made._run
 
             def call(*tensors: Any) -> None:

@@ -166,16 +166,25 @@ def pass_fakes_as_tensors() -> None:
         kind = builtins.type(item, *more) if more else builtins.type(item)
         return Tensor if kind is FakeTensor else kind
 
-    for name in ("bases", "layout", "packed", "packed_gradient"):
+    for name in ("bases", "layout", "packed", "packed_gradient", "plan"):
         vars(sys.modules[f"gmixout_optim.{name}"])["type"] = type_of
     sys.modules["torch.optim.optimizer"]._foreach_supported_types.append(FakeTensor)
-    for name, value in (("data_ptr", lambda tensor: 0), ("tolist", lambda t: [1] * t.numel())):
-        setattr(FakeTensor, name, value if name == "data_ptr" else _waiting(name, value))
+    FakeTensor.tolist = _waiting("tolist", lambda tensor: [1] * tensor.numel())  # type: ignore[method-assign]
+    # Of memory that is not there.
+    Tensor.data_ptr = _unless_fake(Tensor.data_ptr, 0)  # type: ignore[method-assign]
+    Tensor.is_set_to = _unless_fake(Tensor.is_set_to, True)  # type: ignore[method-assign]
     for name, convert in (("__float__", float), ("__int__", int), ("__bool__", bool)):
         setattr(FakeTensor, name, _waiting(name, _converted(convert)))
     for name in ("item", "__index__"):
         setattr(FakeTensor, name, _waiting(name, _number))
     torch.tensor, torch.as_tensor = _by_way_of_cpu(torch.tensor), _by_way_of_cpu(torch.as_tensor)
+
+
+def _unless_fake(plain: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+    def method(self: Tensor, *args: Any) -> Any:
+        return answer if isinstance(self, FakeTensor) else plain(self, *args)
+
+    return method
 
 
 def _converted(convert: Callable[[Any], Any]) -> Callable[[Tensor], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Graph:
         launches: its kernels, as often as they are launched.
         others: lines that call something that is no kernel of the compiler's.
         on_host: calls of code for the CPU.
-        temporaries: bytes of buffers that it makes.
+        temporaries: elements of the buffers that it makes.
     """
 
     launches: list[Kernel]
@@ -133,3 +134,44 @@ def _distinct(address: str, names: dict[str, str], count: int) -> int:
         values[name] = eval(names[name], {}, values)
     places = eval(address, {}, values)
     return int(np.unique(places).size)
+
+
+def early_writes(source: str, pairs: list[tuple[int, int]]) -> list[str]:
+    """Where a parameter may be read after it was written, which a graph takes for two tensors.
+
+    That is in a later launch than the write, or in another part of the same launch, whose parts run
+    side by side.
+
+    Args:
+        pairs: numbers of the arguments that are read and written.
+    """
+    kernels = dict(_KERNEL.findall(source))
+    body = source[source.index("def call(self, args)") :]
+    arguments = re.search(r"\n\s+(arg\w+(?:, arg\w+)*),? = args", body)
+    assert arguments is not None
+    names = [name.strip() for name in arguments.group(1).split(",")]
+    reads: dict[str, set[tuple[int, int]]] = {}
+    writes: dict[str, set[tuple[int, int]]] = {}
+    launches = re.findall(r"(triton_\w+)\.run\((.*?), stream", body)
+    for launch, (name, given) in enumerate(launches):
+        code = kernels[name].split("@triton.jit")[1]
+        signature = re.search(r"def \w+\((.*?)\):", code, re.S)
+        assert signature is not None
+        pointers = [pointer.split(":")[0].strip() for pointer in signature.group(1).split(",")]
+        passed = [each.strip() for each in re.sub(r"\([^)]*\)", "", given).split(",")]
+        argument_of = dict(zip(pointers, passed, strict=False))
+        part = 0
+        for line in code.splitlines():
+            part += bool(re.match(r"\s*(if|elif) pid <", line))
+            for kind, pointer in re.findall(r"tl\.(load|store)\((\w+) \+", line):
+                table = reads if kind == "load" else writes
+                table.setdefault(argument_of.get(pointer, ""), set()).add((launch, part))
+    found = []
+    for read, written in pairs:
+        places = reads.get(names[read], set()), writes.get(names[written], set())
+        if not all(places):
+            found.append(f"argument {read} is not read, or {written} not written")
+        for (launch, part), (later, other) in product(*places):
+            if launch > later or (launch == later and part != other):
+                found.append(f"argument {read} is read in launch {launch}, written in {later}")
+    return found

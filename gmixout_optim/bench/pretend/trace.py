@@ -15,7 +15,7 @@ from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench.pretend.capture import Capture
 from gmixout_optim.bench.pretend.device import CUDA
 from gmixout_optim.bench.pretend.fake import Recorder, recording
-from gmixout_optim.bench.pretend.kernels import Graph, read_graph
+from gmixout_optim.bench.pretend.kernels import Graph, early_writes, read_graph
 
 
 @dataclass
@@ -53,12 +53,16 @@ class Trace:
     """Attributes:
     sources, graphs: of all code that was compiled.
     phases: by name: "step 1", and "redraw 4" for that after the fourth step.
+    planned: the numbers of the steps that were taken as the one before.
+    early_writes: of all graphs, see :func:`.kernels.early_writes`.
     optimizer: after them.
     """
 
     sources: list[str]
     graphs: list[Graph]
     phases: dict[str, Phase]
+    planned: list[int]
+    early_writes: list[str]
     optimizer: GMixoutOptimizer
 
 
@@ -93,12 +97,16 @@ def trace(
         settings = {"compile": "auto", "resample_every": resample_every, **settings}
         optimizer = GMixoutOptimizer(make_base(named), **settings)
         optimizer.register_resample_pre_hook(_begin_redraw(recorder))
+        planned: list[int] = []
         for step in range(1, steps + 1):
             _backward(recorder, params)
             recorder.phase = f"step {step}"
             if before_step is not None:
                 before_step(optimizer, step)
+            plan = getattr(optimizer._layout, "_plan", None)
             optimizer.step()
+            if plan is not None and getattr(optimizer._layout, "_plan", None) is plan:
+                planned.append(step)
         for name, call in (further or {}).items():
             _backward(recorder, params)
             recorder.phase = name
@@ -124,7 +132,12 @@ def trace(
         )
         for name in dict.fromkeys(names)
     }
-    return Trace(capture.sources, graphs, phases, optimizer)
+    writes = [
+        line
+        for source, pairs in zip(capture.sources, capture.pairs, strict=True)
+        for line in early_writes(source, pairs)
+    ]
+    return Trace(capture.sources, graphs, phases, planned, writes, optimizer)
 
 
 def _made(
