@@ -336,13 +336,9 @@ def _lrs(rates: list[tuple[Member, float]]) -> list[Tensor]:
     lrs = [scaled_lr(member.group["lr"], rate * risen) for member, rate in rates]
     numbers = [0.0 if isinstance(lr, Tensor) else lr for lr in lrs]
     made = torch.tensor(numbers, dtype=torch.float64, device="cpu").unbind()
-    return [
-        # One that is not scaled may be of integers.
-        lr * 1.0 if isinstance(lr, Tensor) and not lr.is_floating_point() else lr
-        for lr in (
-            lr if isinstance(lr, Tensor) else each for lr, each in zip(lrs, made, strict=True)
-        )
-    ]
+    tensors = [lr if isinstance(lr, Tensor) else each for lr, each in zip(lrs, made, strict=True)]
+    # One that is not scaled may be of integers.
+    return [lr if lr.is_floating_point() else lr * 1.0 for lr in tensors]
 
 
 def _move_to_device(members: list[Member], state: Any) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,9 @@ def why_not() -> str | None:
         return f"leans on internals of torch {TORCH}, and this is {torch.__version__}"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton: pip install 'gmixout-optim[cuda-check]'"
+    triton = version("triton")
+    if not triton.startswith(TRITON):
+        return f"leans on internals of Triton {TRITON}, and this is {triton}"
     if shutil.which("g++") is None:
         return "needs g++"
     return None
@@ -129,8 +133,8 @@ def _set_guard() -> None:
 
 def _set_driver(capability: tuple[int, int]) -> None:
     from torch._inductor.runtime import triton_helpers
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found,unused-ignore]
-    from triton.runtime.driver import driver  # type: ignore[import-not-found,unused-ignore]
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
 
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     answers = dict(
