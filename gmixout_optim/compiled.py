@@ -44,7 +44,7 @@ from gmixout_optim.warn import warn
 # Tensors in a graph. Compiling takes time for each of them; on a GPU so does every launch, and the
 # tensors of a graph share theirs.
 _CPU_TENSORS = 6
-_GPU_TENSORS = 64
+_GPU_TENSORS = 96
 
 # A GPU reads 16 bytes at once, where they are aligned.
 _ALIGNED_CELLS = 4
