@@ -258,7 +258,7 @@ class Compiler:
         )
 
     def _form_of_step(self, member: Member) -> Hashable:
-        """What compiled code depends on of a member with a gradient."""
+        """By what members with a gradient are put together; the key of their code says more."""
         grad = member.cells.gradient
         assert grad is not None
         return _form_of(member), grad.dtype, grad.stride(), type(grad), id(member.group)
@@ -303,7 +303,7 @@ def _compiles_on_cuda() -> bool:
 
 
 def _form_of(member: Member) -> Hashable:
-    """What compiled code depends on of a member."""
+    """By what members are put together."""
     slot, cells = slot_of(member), member.cells
     return (
         cells.grid.width,
@@ -389,9 +389,11 @@ def scatter_moved(items: list[Item], moved: list[Tensor]) -> None:
 def begin_episodes(items: list[Item]) -> None:
     """Copy the active weights into the anchors, and into the values that are kept."""
     active = list(map(_active, items))
-    kept = [(item.value, weights) for item, weights in zip(items, active, strict=True)]
-    targets = [item.anchor for item in items] + [value for value, _ in kept if value is not None]
-    sources = active + [weights for value, weights in kept if value is not None]
+    targets, sources = [item.anchor for item in items], list(active)
+    for item, weights in zip(items, active, strict=True):
+        if item.value is not None:
+            targets.append(item.value)
+            sources.append(weights)
     torch._foreach_copy_(targets, sources)
 
 

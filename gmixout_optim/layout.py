@@ -172,8 +172,8 @@ class Layout(ABC):
             (member, _first_weights(member)) for member in self._largest if member.slot is not None
         ]
         for member in trained:
-            slot, param = slot_of(member), member.cells.param
-            slot.version = 0 if param.is_inference() else param._version
+            slot = slot_of(member)
+            slot.version = member.cells.version
             if stepped and slot.foreign:
                 slot.trained_foreign, slot.foreign = True, False
 

@@ -67,7 +67,7 @@ class PackedLayout(Layout):
         plan, self._plan = self._plan, None
         if plan is None or not plan.holds():
             plan = self._make_plan()
-        for member in plan.eager + plan.lent:
+        for member in plan.eager:
             gradient_of(member)  # may raise
         arguments = [call.arguments() for call in plan.calls]
         try:
@@ -97,7 +97,7 @@ class PackedLayout(Layout):
         compiled, eager = self.compiler.split_step(batched, settled)
         calls, failed = self.compiler.prepare(compiled)
         is_steady = not lent and len(settled) == len(self.base.param_groups)
-        return Plan(self.base, self.members, lent, batched, eager + failed, calls, is_steady)
+        return Plan(self.base, self.members, lent, eager + failed, calls, is_steady)
 
     def _run(self, plan: Plan, arguments: list[list[Tensor]]) -> bool:
         """Returns whether it was taken as planned. ``arguments`` are those of its calls."""

@@ -33,12 +33,13 @@ class Plan:
     Args:
         base, members: what is stepped.
         lent: the members that the base itself steps.
-        batched: all other members, of which ``eager`` are stepped eagerly and ``calls`` step those
-            that are compiled.
+        eager: those that are stepped in batches, eagerly.
+        calls: step the members that are compiled.
         is_steady: whether the next step is to be taken in the same way if nothing changes.
 
     Attributes:
-        others: the parameters beside the batched ones, which the base itself steps.
+        batched: the members that the base itself does not step.
+        others: the parameters beside these.
     """
 
     def __init__(
@@ -46,7 +47,6 @@ class Plan:
         base: Optimizer,
         members: Members,
         lent: list[Member],
-        batched: list[Member],
         eager: list[Member],
         calls: list[Call],
         is_steady: bool,
@@ -54,11 +54,11 @@ class Plan:
         self._base = base
         self._members = members
         self.lent = lent
-        self.batched = batched
+        self.batched = [*eager, *chain.from_iterable(call.members for call in calls)]
         self.eager = eager
         self.calls = calls
         self._is_steady = is_steady
-        hidden = {member.param for member in batched}
+        hidden = {member.param for member in self.batched}
         params = (param for group in base.param_groups for param in group["params"])
         self.others = [param for param in params if param not in hidden]
         self._is_noted = False

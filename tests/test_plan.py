@@ -183,13 +183,17 @@ def test_a_steady_loop_has_one_plan() -> None:
     assert all(plan is plans[2] for plan in plans[2:])
 
 
-def optimized() -> tuple[list[nn.Parameter], GMixoutOptimizer]:
+def take_step(optimizer: GMixoutOptimizer, params: list[nn.Parameter]) -> None:
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+
+
+def optimized(compile: bool = False) -> tuple[list[nn.Parameter], GMixoutOptimizer]:
     params = [nn.Parameter(torch.randn(40, 40)) for _ in range(2)]
-    optimizer = GMixoutOptimizer(torch.optim.AdamW(params), compile=False)
+    optimizer = GMixoutOptimizer(torch.optim.AdamW(params), compile=compile)
     for _ in range(4):
-        for param in params:
-            param.grad = torch.ones(40, 40)
-        optimizer.step()
+        take_step(optimizer, params)
     return params, optimizer
 
 
@@ -198,9 +202,7 @@ def test_entries_of_the_state_that_are_no_dicts() -> None:
     params, optimizer = optimized()
     for count in range(3):
         optimizer.state["global_step"] = count
-        for param in params:
-            param.grad = torch.ones(40, 40)
-        optimizer.step()
+        take_step(optimizer, params)
     assert optimizer.steps_in_episode == 7
 
 
@@ -209,9 +211,7 @@ def test_weights_on_meta() -> None:
     params = list(nn.Linear(40, 40).to("meta").parameters())
     optimizer = GMixoutOptimizer(torch.optim.AdamW(params), compile=False)
     for _ in range(4):
-        for param in params:
-            param.grad = torch.empty_like(param)
-        optimizer.step()
+        take_step(optimizer, params)
     assert optimizer.steps_in_episode == 4
 
 
@@ -219,12 +219,7 @@ def test_weights_on_meta() -> None:
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_plan_does_not_hold_the_memory_of_weights(compile: bool) -> None:
     """A model that is moved off its device between two phases leaves nothing there."""
-    params = [nn.Parameter(torch.randn(40, 40)) for _ in range(2)]
-    optimizer = GMixoutOptimizer(torch.optim.AdamW(params), compile=compile)
-    for _ in range(4):
-        for param in params:
-            param.grad = torch.ones(40, 40)
-        optimizer.step()
+    params, optimizer = optimized(compile)
     assert optimizer._layout._plan is not None
     memory = StorageWeakRef(params[0].untyped_storage())
     for param in params:
@@ -251,19 +246,14 @@ def test_warnings_that_are_errors_come_after_the_step(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(fused.Fused, "__call__", fails)
 
-    def step(optimizer: GMixoutOptimizer, params: list[nn.Parameter]) -> None:
-        for param in params:
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-
-    step(optimizer, params)
+    take_step(optimizer, params)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="the kernel does not load"):
-            step(optimizer, params)
-        step(optimizer, params)
+            take_step(optimizer, params)
+        take_step(optimizer, params)
     for _ in range(3):
-        step(eager, others)
+        take_step(eager, others)
     assert len(calls) == 2
     assert optimizer.steps_in_episode == 3
     torch.testing.assert_close(params, others, rtol=1e-5, atol=1e-6)

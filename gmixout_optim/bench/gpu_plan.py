@@ -17,7 +17,7 @@ import torch
 
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench.models import shapes_of
-from gmixout_optim.bench.options import PROGRAM, granularity, model_name
+from gmixout_optim.bench.options import PROGRAM, add_cells, model_name
 from gmixout_optim.bench.pretend.device import pretend, why_not
 from gmixout_optim.bench.table import pipe_table
 from gmixout_optim.cells import Granularity
@@ -91,7 +91,7 @@ def plan(model: str, device: Device, settings: Sequence[tuple[Granularity, str]]
                 shapes, torch.optim.AdamW, granularity=cells, grad_layout=grad_layout, steps=4
             )
         step, redraw = traced.phases["step 3"], traced.phases["redraw 4"]
-        kernels = [kernel for graph in step.graphs() for kernel in graph.launches]
+        kernels = [kernel for graph in step.graphs for kernel in graph.launches]
         gathered = sum(sum(k.gathered.values()) + sum(k.scattered.values()) for k in kernels)
         each = _sector_bytes(traced.optimizer)
         sectors = sum(kernel.direct for kernel in kernels) + round(gathered * each)
@@ -192,20 +192,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--plan-gpu", choices=DEVICES, required=True, help="the device, of a data sheet")
     add("--model", type=model_name, default="vit_b_16", help="as without --plan-gpu")
-    add(
-        "--granularity",
-        type=granularity,
-        nargs="+",
-        default=["element", 16, "column", "row"],
-        metavar="G",
-        help="element, column, row, or a number of elements",
-    )
-    add(
-        "--grad-layout",
-        choices=("dense", "packed"),
-        nargs="+",
-        default=["dense"],
-        help="how gradients are kept",
-    )
+    add_cells(parser, ["dense"])
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -112,21 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="D",
         help="share of the weights that trains, 1 - p",
     )
-    add(
-        "--granularity",
-        type=granularity,
-        nargs="+",
-        default=["element", 16, "column", "row"],
-        metavar="G",
-        help="element, column, row, or a number of elements",
-    )
-    add(
-        "--grad-layout",
-        choices=("dense", "packed"),
-        nargs="+",
-        default=["dense", "packed"],
-        help="how gradients are kept",
-    )
+    add_cells(parser, ["dense", "packed"])
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -183,6 +169,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_cells(parser: argparse.ArgumentParser, grad_layouts: list[str]) -> None:
+    """The options of the wrapper of which there may be several; ``grad_layouts`` are a default."""
+    parser.add_argument(
+        "--granularity",
+        type=_granularity,
+        nargs="+",
+        default=["element", 16, "column", "row"],
+        metavar="G",
+        help="element, column, row, or a number of elements",
+    )
+    parser.add_argument(
+        "--grad-layout",
+        choices=("dense", "packed"),
+        nargs="+",
+        default=grad_layouts,
+        help="how gradients are kept",
+    )
+
+
 def model_name(text: str) -> str:
     try:
         find_model(text)
@@ -201,7 +206,7 @@ def _density(text: str) -> float:
     return density
 
 
-def granularity(text: str) -> Granularity:
+def _granularity(text: str) -> Granularity:
     try:
         return check_granularity(int(text) if text.lstrip("-").isdigit() else text)
     except ValueError as error:

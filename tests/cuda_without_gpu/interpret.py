@@ -9,15 +9,12 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it as it is imported
 
-import importlib.util
 import re
 import sys
-import tempfile
 import time
 import types
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from torch import nn
 from triton.runtime import interpreter
 
 from gmixout_optim import GMixoutOptimizer
+from tests.cuda_without_gpu.loading import load_kernel
 from tests.cuda_without_gpu.on_cpu import run_on_cpu
 from tests.optimizers import ELEMENTWISE
 
@@ -97,14 +95,7 @@ class Kernel:
             text,
         )
         text = text.replace("triton_helpers.set_driver_to_gpu()", "")
-        path = Path(tempfile.mkdtemp(), f"{name}.py")
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        self.function = getattr(module, name)
+        self.function = load_kernel(name, text)
 
     def run(self, *args: Any, stream: Any = None) -> None:
         Kernel.launches += 1

@@ -8,7 +8,6 @@ kernels, compiled for that architecture by Triton's own ptxas, registers and byt
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -23,12 +22,12 @@ import torch
 from gmixout_optim.bench.models import shapes_of
 from gmixout_optim.bench.pretend.device import pretend
 from gmixout_optim.bench.pretend.fake import pass_fakes_as_tensors
+from gmixout_optim.bench.pretend.kernels import kernels_of
 from gmixout_optim.bench.pretend.trace import trace
+from tests.cuda_without_gpu.loading import load_kernel
 
 # Of a layer of ViT-B/16.
 SHAPES = [(768, 768), (768, 768), (3072, 768), (768,), (768,)]
-
-_KERNEL = r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str"
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +46,7 @@ def main(arguments: list[str]) -> None:
     )
     members = list(traced.optimizer._members)
     step, redraw = traced.phases["step 3"], traced.phases["redraw 4"]
-    graphs = step.graphs()
+    graphs = step.graphs
     elements = sum(member.slot.anchor.numel() for member in members if member.slot)
     found = dict(
         calls=len(graphs),
@@ -76,7 +75,7 @@ def _kernels(sources: list[str]) -> list[tuple[str, str]]:
     """Each once: those of other sizes are the same code."""
     found: dict[str, tuple[str, str]] = {}
     for source in sources:
-        for name, text in re.findall(_KERNEL, source, re.S | re.M):
+        for name, text in kernels_of(source).items():
             found.setdefault(re.sub(r"\d+", "#", text), (name, text))
     return list(found.values())
 
@@ -90,18 +89,11 @@ def registers(name: str, text: str, arch: int) -> tuple[int, int]:
     plain = triton.compile
     triton.compile = lambda *args, **kwargs: binaries.append(plain(*args, **kwargs)) or binaries[-1]
     try:
-        path = Path(tempfile.mkdtemp(), f"{name}.py")
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        tuner = getattr(module, name)
+        tuner = load_kernel(name, text)
         tuner._precompile_config(tuner.configs[0])
     finally:
         triton.compile = plain
-    ptx = path.with_suffix(".ptx")
+    ptx = Path(tempfile.mkdtemp(), f"{name}.ptx")
     ptx.write_text(binaries[-1].asm["ptx"])
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     gpu = {80: "sm_80", 90: "sm_90a"}[arch]

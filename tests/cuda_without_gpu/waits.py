@@ -21,13 +21,8 @@ from tests.optimizers import ELEMENTWISE
 
 SHAPES = [(96, 96), (96, 96), (64, 32, 3, 3), (70,), ()]
 
-# Saving copies to the host, and a report shows numbers.
-WAITING = ("state_dict", "report")
-
-
 # The base itself steps these, or only begins to after each redraw.
 NOT_PLANNED = ("Lion", "AdamW persistent", "AdamW dense", "ASGD", "Rprop", "SGD-dampening")
-NOT_COMPILED = NOT_PLANNED
 
 
 def _eval(optimizer: GMixoutOptimizer) -> None:
@@ -122,15 +117,14 @@ def main(arguments: list[str]) -> None:
                 continue
             for place, count in seen.waits.items():
                 print(f"WAITS {name} | {phase} | {count} x {place}")
-            for graph in seen.graphs():
+            for graph in seen.graphs:
                 for line in graph.on_host:
                     print(f"ON HOST {name} | {phase} | {line[:100]}")
         for line in traced.early_writes:
             print(f"EARLY WRITE {name} | {line}")
-        if eager or name not in NOT_COMPILED:
-            missing = {3, 6} - set(traced.planned)
-            if missing and "change" not in name and name not in NOT_PLANNED:
-                print(f"NO PLAN {name} in steps {missing}")
+        missing = {3, 6} - set(traced.planned)
+        if missing and "change" not in name and name not in NOT_PLANNED:
+            print(f"NO PLAN {name} in steps {missing}")
         step, redraw = traced.phases["step 6"], traced.phases["redraw 4"]
         print(
             f"{name}: step {step.compiled_launches} + {step.launches.total()} launches, "

@@ -76,13 +76,12 @@ class Capture:
     def start(self) -> None:
         """From now on compiled code is source, and does nothing when it is called."""
         capture(self._keep)
-        compiled = _compiled
         fused.forget()
 
         def noting(function: Callable[..., None], args: Any, leaves: list[Any]) -> fused.Fused:
             number = len(self.sources)
             with _disable_current_modes():
-                made = compiled(function, args, leaves)
+                made = _compiled(function, args, leaves)
             self.pairs.append(_pairs(function, args, leaves, made))
             run = made._run
 

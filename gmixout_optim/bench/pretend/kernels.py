@@ -47,13 +47,11 @@ class Graph:
         launches: its kernels, as often as they are launched.
         others: lines that call something that is no kernel of the compiler's.
         on_host: calls of code for the CPU.
-        temporaries: elements of the buffers that it makes.
     """
 
     launches: list[Kernel]
     others: list[str]
     on_host: list[str]
-    temporaries: int
 
     @property
     def bytes(self) -> int:
@@ -61,24 +59,22 @@ class Graph:
 
 
 def read_graph(source: str) -> Graph:
-    kernels = {name: _read_kernel(text) for name, text in _KERNEL.findall(source)}
+    kernels = {name: _read_kernel(text) for name, text in kernels_of(source).items()}
     body = source[source.index("def call(self, args)") :]
     lines = [line.strip() for line in body[: body.index("runner = ")].splitlines()]
     code = [line for line in lines if line and not line.startswith("#")]
     launched = re.findall(r"(triton_\w+)\.run\(", "\n".join(code))
     foreign = re.compile(r"extern_kernels|aten\.|torch\.ops|\.copy_\(|\.zero_\(|fallback")
-    buffers = re.findall(r"empty_strided_cuda\(\((.*?)\), \(.*?\), torch\.(\w+)\)", "\n".join(code))
     return Graph(
         [kernels[name] for name in launched],
         [line for line in code if foreign.search(line)],
         [line for line in code if re.match(r"cpp_fused\w*\(", line)],
-        sum(_size_of(shape) for shape, _ in buffers),
     )
 
 
-def _size_of(shape: str) -> int:
-    sizes = [int(size) for size in shape.split(",") if size.strip()]
-    return int(np.prod(sizes)) if sizes else 1
+def kernels_of(source: str) -> dict[str, str]:
+    """The code of a source's kernels, by name."""
+    return dict(_KERNEL.findall(source))
 
 
 def _read_kernel(text: str) -> Kernel:
@@ -145,7 +141,7 @@ def early_writes(source: str, pairs: list[tuple[int, int]]) -> list[str]:
     Args:
         pairs: numbers of the arguments that are read and written.
     """
-    kernels = dict(_KERNEL.findall(source))
+    kernels = kernels_of(source)
     body = source[source.index("def call(self, args)") :]
     arguments = re.search(r"\n\s+(arg\w+(?:, arg\w+)*),? = args", body)
     assert arguments is not None

@@ -36,12 +36,13 @@ class Phase:
     copies: Counter[str]
     temporaries: Counter[str]
 
-    def graphs(self, *functions: str) -> list[Graph]:
-        return [graph for name, graph in self.calls if not functions or name in functions]
+    @property
+    def graphs(self) -> list[Graph]:
+        return [graph for _, graph in self.calls]
 
     @property
     def compiled_launches(self) -> int:
-        return sum(len(graph.launches) for graph in self.graphs())
+        return sum(len(graph.launches) for graph in self.graphs)
 
     @property
     def all_launches(self) -> int:
@@ -103,9 +104,9 @@ def trace(
             recorder.phase = f"step {step}"
             if before_step is not None:
                 before_step(optimizer, step)
-            plan = getattr(optimizer._layout, "_plan", None)
+            plan = _plan_of(optimizer)
             optimizer.step()
-            if plan is not None and getattr(optimizer._layout, "_plan", None) is plan:
+            if plan is not None and _plan_of(optimizer) is plan:
                 planned.append(step)
         for name, call in (further or {}).items():
             _backward(recorder, params)
@@ -147,6 +148,10 @@ def _made(
     if memory_format is not None and tensor.ndim == 4:
         tensor = tensor.to(memory_format=memory_format)
     return tensor
+
+
+def _plan_of(optimizer: GMixoutOptimizer) -> Any:
+    return getattr(optimizer._layout, "_plan", None)  # the dense layout has none
 
 
 def _begin_redraw(recorder: Recorder) -> Callable[[Any], None]:
