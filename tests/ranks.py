@@ -1,0 +1,97 @@
+"""Functions run on several processes, which are ranks of one process group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
+)
+
+# Processes are forked from one that has imported all of this.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "tests.ranks"]
+)
+
+
+def on_ranks(
+    size: int, work: Callable[..., Any], *args: Any, limit: float = 60, timeout: float = 60
+) -> list[Any]:
+    """Call ``work(rank, *args)`` in ``size`` processes and return what each returned.
+
+    Args:
+        work: a function of a module, in which :mod:`torch.distributed` is set up with gloo.
+        limit: seconds until all processes are killed and the test fails.
+        timeout: seconds after which a collective gives up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _context.Process(target=_run, args=(rank, size, folder, timeout, work, args))
+            for rank in range(size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            ended = _wait(ranks, limit)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
+        codes = [process.exitcode for process in ranks]
+        if failures:
+            pytest.fail("\n".join(failures), pytrace=False)
+        if not ended or any(codes):
+            what = "died" if ended else f"were still running after {limit} s"
+            pytest.fail(f"ranks {what}: exit codes {codes}", pytrace=False)
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _wait(ranks: list[BaseProcess], limit: float) -> bool:
+    """Whether all end in time; no longer than until one of them fails."""
+    until = time.monotonic() + limit
+    running = list(ranks)
+    while running and time.monotonic() < until:
+        wait([process.sentinel for process in running], until - time.monotonic())
+        running = [process for process in running if process.exitcode is None]
+        if any(process.exitcode for process in ranks):
+            time.sleep(0.5)  # for what the others have to say
+            return True
+    return not running
+
+
+def _run(
+    rank: int, size: int, folder: str, timeout: float, work: Callable[..., Any], args: tuple
+) -> None:
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        dist.init_process_group(
+            "gloo",
+            f"file://{folder}/store",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+        )
+        result = work(rank, *args)
+        torch.save(result, f"{folder}/{rank}.pt")
+        dist.barrier()
+    except BaseException:
+        code = 1
+        Path(f"{folder}/{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+    os._exit(code)  # threads of gloo can keep a process from ending
