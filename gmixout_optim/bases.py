@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gmixout_optim.shards import is_shard
+
 Closure = Callable[[], Any]
 
 
@@ -54,6 +56,12 @@ REFUSED: dict[type[Optimizer], str] = {
     "not defined here; use torch.optim.Adam with dense gradients",
 }
 
+# Optimizers of torch that do not take parameters in pieces, by name, and why.
+ONE_DEVICE = {
+    "LBFGS": "it makes one vector of the parameters on this rank",
+    "Adafactor": "its second moment is factored over whole matrices",
+}
+
 # Element-wise optimizers whose state starts at the learning rate of the step that creates it.
 _STARTS_AT_LR = (torch.optim.ASGD, torch.optim.Rprop)
 
@@ -67,7 +75,7 @@ _OWN_KEYS = frozenset(
 )
 
 # State that is not per element, although its shape can be the parameter's (0-d, or one column).
-_SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product", "row_var", "col_var"})
+SHARED_KEYS = frozenset({"step", "eta", "mu", "mu_product", "row_var", "col_var"})
 
 # Optimizers that keep the state of all parameters under one of them, and step them at one rate.
 _SHARED_STATE = (torch.optim.LBFGS,)
@@ -251,9 +259,9 @@ def per_cell_state(base: Optimizer, state: dict[str, Any], shape: torch.Size) ->
     return {
         key
         for key, value in state.items()
-        if type(value) is Tensor
+        if (type(value) is Tensor or is_shard(value))
         and value.shape == shape
-        and key not in _SHARED_KEYS
+        and key not in SHARED_KEYS
         and is_own(base, key)
     }
 

@@ -5,12 +5,14 @@ The only module that knows shapes, strides and storage offsets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gmixout_optim import shards
 from gmixout_optim.index_sets import (
     MAX_CELLS,
     ROUNDING,
@@ -18,11 +20,16 @@ from gmixout_optim.index_sets import (
     Sampler,
     Strata,
     active_cells,
+    active_cells_in_block,
+    active_cells_in_runs,
     active_count,
+    capacity,
     episode_key,
+    runs_of_block,
     strata,
 )
 from gmixout_optim.rounding import NARROW
+from gmixout_optim.shards import Piece, is_shard, local_of
 
 Granularity = Literal["element", "column", "row"] | int
 
@@ -47,10 +54,14 @@ class Grid(NamedTuple):
     numbered in row-major order, and so are elements. *Packed* tensors hold the elements of some
     cells in the order (outer, cell, inner), whatever the memory format.
 
+    The grid of a piece of a tensor has cells of its own, which are the tensor's or, where its edges
+    cut these, parts of them.
+
     Attributes:
         shape, strides: the tensor's.
         contiguous: whether the strides are those of row-major order.
         outer, cells, inner: the view.
+        piece: which part of a whole tensor the tensor is; None for all.
     """
 
     shape: tuple[int, ...]
@@ -59,21 +70,16 @@ class Grid(NamedTuple):
     outer: int
     cells: int
     inner: int
+    piece: Piece | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, granularity: Granularity) -> Grid:
+    def of(cls, tensor: Tensor, granularity: Granularity, piece: Piece | None = None) -> Grid:
         """The grid of a tensor; one that cells do not fit falls back to elements."""
-        shape, numel = tensor.shape, tensor.numel()
-        outer, inner = 1, 1
-        if granularity == "row":
-            inner = numel // max(1, shape[0] if shape else 1)
-        elif granularity == "column":
-            if len(shape) > 1 and shape[0] > 1 and shape[1] >= _LEAST_COLUMNS:
-                outer, inner = shape[0], column_block(shape[1]) * prod(shape[2:])
-        elif granularity != "element" and numel % granularity == 0:
-            inner = granularity
-        cells = numel // max(1, outer * inner)
-        return cls(tuple(shape), tensor.stride(), tensor.is_contiguous(), outer, cells, inner)
+        shape = tuple(tensor.shape)
+        view = _view_of(shape, granularity)
+        if piece is not None:
+            view = _Block.of(piece, granularity).view
+        return cls(shape, tensor.stride(), tensor.is_contiguous(), *view, piece)
 
     @property
     def width(self) -> int:
@@ -119,6 +125,22 @@ class Grid(NamedTuple):
             number = number + offset // self.strides[dim] * prod(self.shape[dim + 1 :])
             offset = offset % self.strides[dim]
         return number
+
+    def numbers_at(self, index: Tensor) -> Tensor:
+        """:meth:`elements_at`, in the numbers that the elements have in the whole tensor."""
+        number = self.elements_at(index)
+        if self.piece is None:
+            return number
+        whole, stride = torch.zeros_like(number), 1
+        for size, offset, extent in zip(*map(reversed, self._sides(self.piece)), strict=True):
+            whole += (number % size + offset) * stride
+            number = number // size
+            stride *= extent
+        return whole
+
+    @staticmethod
+    def _sides(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        return tuple(max(1, size) for size in piece.sizes), piece.offsets, piece.shape
 
     def cells_at(self, index: Tensor) -> Tensor:
         """The numbers (int64) of the cells that an index of :meth:`address` addresses."""
@@ -166,6 +188,98 @@ class Grid(NamedTuple):
         """Elements of storage from the tensor's first to its last."""
         sizes = zip(self.shape, self.strides, strict=True)
         return 1 + sum((size - 1) * stride for size, stride in sizes)
+
+
+View = tuple[int, int, int]
+
+
+def _view_of(shape: Sequence[int], granularity: Granularity) -> View:
+    """A tensor as (outer, cells, inner)."""
+    numel = prod(shape)
+    outer, inner = 1, 1
+    if granularity == "row":
+        inner = numel // max(1, shape[0] if shape else 1)
+    elif granularity == "column":
+        if len(shape) > 1 and shape[0] > 1 and shape[1] >= _LEAST_COLUMNS:
+            outer, inner = shape[0], column_block(shape[1]) * prod(shape[2:])
+    elif granularity != "element" and numel % granularity == 0:
+        inner = granularity
+    return outer, numel // max(1, outer * inner), inner
+
+
+class _Block(NamedTuple):
+    """Where the cells of a piece of a tensor come from.
+
+    Attributes:
+        shape, offsets, sizes: the piece's cells, as a block of a grid.
+        parts: so many consecutive cells of the grid are a cell of the tensor: 1 where no cell is
+            cut by the edges of the piece.
+        view: the piece as (outer, cells, inner).
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    parts: int
+    view: View
+
+    @classmethod
+    def of(cls, piece: Piece, granularity: Granularity) -> _Block:
+        shape, offsets, sizes = piece
+        outer, cells, inner = _view_of(shape, granularity)
+        count = prod(sizes)
+        if count == 0:
+            return cls((0,), (0,), (0,), 1, (1, 0, 1))
+        if granularity == "row":
+            return cls(shape[:1], offsets[:1], sizes[:1], 1, (1, sizes[0], count // sizes[0]))
+        unit = inner
+        if outer > 1:
+            unit = shape[1] // cells
+            shape, offsets, sizes = shape[1:2], offsets[1:2], sizes[1:2]
+            outer = piece.sizes[0]
+        else:
+            last = max(dim for dim, size in enumerate(sizes) if size < shape[dim] or dim == 0)
+            run = prod(shape[last + 1 :])
+            shape, offsets, sizes = (
+                (*some[:last], some[last] * run) for some in (shape, offsets, sizes)
+            )
+        ends = shape[-1], offsets[-1], sizes[-1]
+        parts = unit if any(end % unit for end in ends) else 1
+        shape, offsets, sizes = (
+            (*some[:-1], some[-1] * parts // unit) for some in (shape, offsets, sizes)
+        )
+        own = prod(sizes)
+        return cls(shape, offsets, sizes, parts, (outer, own, count // (outer * own)))
+
+    def draw(self, density: float, device: torch.device, **words: Any) -> Tensor:
+        """The active cells of the piece, in its own numbers: int32.
+
+        Args:
+            words: seed, tensor, episode and sampler of :func:`active_cells`.
+        """
+        if self.parts == 1:
+            return active_cells_in_block(
+                self.shape,
+                density,
+                offsets=self.offsets,
+                sizes=self.sizes,
+                device=device,
+                **words,
+            )
+        starts, length = runs_of_block(self.shape, self.offsets, self.sizes)
+        run, place = active_cells_in_runs(
+            prod(self.shape) // self.parts,
+            density,
+            starts=starts // self.parts,
+            length=(length - 1) // self.parts + 2,
+            device=device,
+            **words,
+        )
+        before = (starts % self.parts).to(device)[run]
+        inside = torch.arange(self.parts, device=device)
+        place = (place * self.parts - before)[:, None] + inside
+        cell = run[:, None] * length + place
+        return cell[(place >= 0) & (place < length)].sort().values.to(torch.int32)
 
 
 def column_block(columns: int) -> int:
@@ -227,52 +341,100 @@ class Cells:
         self.granularity = granularity
         self.mask_prob = mask_prob
         self.sampler = sampler
+        self.is_shard = is_shard(param)
         self._grid: Grid | None = None
+        self._whole: View = (1, 0, 1)
         self._density = 1.0
 
     @property
+    def _held(self) -> Tensor:
+        # FSDP2 may replace it.
+        return local_of(self.param) if self.is_shard else self.param
+
+    @property
     def grid(self) -> Grid:
-        """One object for as long as shape and strides stay."""
-        grid, param = self._grid, self.param
-        if grid is None or grid.strides != param.stride() or grid.shape != param.shape:
-            grid = self._grid = Grid.of(param, self.granularity)
+        """Of what this rank holds. One object for as long as shape and strides stay."""
+        grid, held = self._grid, self._held
+        if grid is None or grid.strides != held.stride() or grid.shape != held.shape:
+            grid = self._grid = Grid.of(held, self.granularity, shards.piece_of(self.param))
+            self._whole = _view_of(self.param.shape, self.granularity)
             self._density = 1 - self.mask_prob
             if self.sampler == "stratified":
-                self._density = active_count(grid.cells, self._density) / max(1, grid.cells)
+                count = self._whole[1]
+                self._density = active_count(count, self._density) / max(1, count)
         return grid
+
+    @property
+    def whole(self) -> View:
+        """The whole parameter as (outer, cells, inner)."""
+        _ = self.grid  # which it belongs to
+        return self._whole
+
+    @property
+    def count(self) -> int:
+        """How many cells the whole parameter has."""
+        return self.whole[1]
+
+    @property
+    def width(self) -> int:
+        """Elements in a cell of the whole parameter."""
+        outer, _, inner = self.whole
+        return outer * inner
 
     @property
     def density(self) -> float:
         """d: the share of cells that is drawn, m / N, which differs from 1 - p in small tensors."""
-        grid = self.grid  # which it belongs to
-        return self._density if grid.cells else 1.0
+        count = self.count  # which it belongs to
+        return self._density if count else 1.0
 
     @property
     def are_outputs(self) -> bool:
         """Whether a cell holds all weights of an output: it moves by what they all do."""
-        return self.granularity == "row" and self.grid.inner > 1
+        return self.granularity == "row" and self.width > 1
 
     @property
     def fell_back_to_elements(self) -> bool:
-        return self.granularity not in ("element", "row", 1) and self.grid.width == 1
+        return self.granularity not in ("element", "row", 1) and self.width == 1
 
     @property
     def local(self) -> Tensor:
-        """The weights, sharing the parameter's memory and version."""
-        return self.param.detach()
+        """The weights that this rank holds, sharing the parameter's memory and version."""
+        return self._held.detach()
 
     @property
     def gradient(self) -> Tensor | None:
-        return self.param.grad
+        """Of these weights."""
+        grad = self.param.grad
+        return local_of(grad) if self.is_shard and grad is not None else grad
+
+    @gradient.setter
+    def gradient(self, gradient: Tensor | None) -> None:
+        grad = self.param.grad
+        if is_shard(grad) and gradient is not None:
+            grad._local_tensor = gradient  # from_local() does not take a tensor subclass
+        else:
+            self.param.grad = gradient if gradient is None else shards.like(self.param, gradient)
+
+    @property
+    def has_own_pieces_as_gradient(self) -> bool:
+        """Whether the gradient is in the pieces of the parameter; they may be summands."""
+        return not self.is_shard or shards.are_alike(self.param.grad, self.param)
+
+    def settle_gradient(self) -> None:
+        """Bring the gradient into the pieces of the parameter. Collective where it is not."""
+        if self.is_shard:
+            self.param.grad = shards.settled(self.param.grad, self.param)
 
     @property
     def version(self) -> int:
         """Grows with every in-place change of the parameter, but for those in ``.data``."""
+        if self.is_shard:  # writes to the one do not count for the other
+            return self.param._version + self._held._version
         return 0 if self.param.is_inference() else self.param._version
 
     @property
     def placement(self) -> Placement:
-        return self.param.device, self.param.stride()
+        return self._held.device, self._held.stride()
 
     @property
     def form(self) -> tuple[torch.dtype, torch.Size]:
@@ -285,16 +447,23 @@ class Cells:
     def draw(self, seed: int, episode: int) -> Tensor:
         """Where the cells that are active in ``episode`` lie, see :meth:`Grid.address`."""
         grid = self.grid
-        cell = active_cells(
-            grid.cells,
+        if grid.piece is None:
+            return grid.address(self._draw_whole(seed, episode))
+        block = _Block.of(grid.piece, self.granularity)
+        words = dict(seed=seed, tensor=self.number, episode=episode, sampler=self.sampler)
+        return grid.address(block.draw(1 - self.mask_prob, self._held.device, **words))
+
+    def _draw_whole(self, seed: int, episode: int) -> Tensor:
+        """The active cells of the whole parameter."""
+        return active_cells(
+            self.count,
             1 - self.mask_prob,
             seed=seed,
             tensor=self.number,
             episode=episode,
             sampler=self.sampler,
-            device=self.param.device,
+            device=self._held.device,
         )
-        return grid.address(cell)
 
     def strata(self, seed: int, episode: int) -> Strata:
         """What :meth:`draw` draws with the stratified sampler, for somebody else to draw."""
@@ -307,8 +476,47 @@ class Cells:
             return None
         return Dither(episode_key(seed, self.number, episode, ROUNDING), self.grid)
 
+    def joined(self, packed: Tensor, index: Tensor, seed: int, episode: int) -> Tensor:
+        """Packed values as a state dict has them: those of the whole parameter, cell after cell.
+
+        A vector of a size that is the same in all episodes, in pieces where the parameter is.
+        Collective then.
+        """
+        if not self.is_shard:
+            spare = self._capacity - packed.shape[0]
+            return torch.nn.functional.pad(packed, (0, spare)) if spare > 0 else packed
+        places, count = self._places(index, seed, episode)
+        return shards.joined(self.param, packed, places, max(count, self._capacity))
+
+    def parted(self, vector: Tensor, index: Tensor, seed: int, episode: int) -> Tensor | None:
+        """What this rank holds of a vector of :meth:`joined`; None for one of another size."""
+        if vector.ndim != 1:
+            return None
+        places: slice | Tensor = slice(self.grid.size_at(index))
+        count = self.grid.size_at(index)
+        if self.is_shard:
+            places, count = self._places(index, seed, episode)
+        if vector.shape[0] not in (count, max(count, self._capacity)):
+            return None
+        return shards.whole_of(vector).to(index.device)[places]
+
+    @property
+    def _capacity(self) -> int:
+        """Room for the active elements of any episode."""
+        return self.width * capacity(self.count, 1 - self.mask_prob, self.sampler)
+
+    def _places(self, index: Tensor, seed: int, episode: int) -> tuple[Tensor, int]:
+        """Where the elements of an index lie in the packed vector of the whole parameter, int64,
+        and the size of that."""
+        whole = self._draw_whole(seed, episode)
+        number = self.grid.numbers_at(index)
+        outer, cells, inner = self.whole
+        ordinal = torch.searchsorted(whole, (number // inner % cells).to(torch.int32))
+        row = number // (cells * inner) * whole.shape[0] + ordinal
+        return row * inner + number % inner, whole.shape[0] * outer * inner
+
     def mask(self, index: Tensor) -> Tensor:
-        """What ``index`` addresses: bool, of the parameter's shape."""
+        """What ``index`` addresses of what this rank holds: bool."""
         grid = self.grid
         mask = torch.zeros(prod(grid.shape), dtype=torch.bool, device=index.device)
         mask[grid.elements_at(index)] = True

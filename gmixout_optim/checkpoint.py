@@ -10,11 +10,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim import mixing
-from gmixout_optim.bases import ELEMENTWISE, is_own, own_entries, take_own_entries
-from gmixout_optim.layout import Layout, kept_tensors
+from gmixout_optim.bases import (
+    ELEMENTWISE,
+    SHARED_KEYS,
+    is_own,
+    keeps_state,
+    own_entries,
+    per_cell_state,
+    take_own_entries,
+)
+from gmixout_optim.layout import Layout, is_whole, kept_tensors
 from gmixout_optim.members import Member, Slot, name_of, parameters
 from gmixout_optim.param_groups import unwrapped
+from gmixout_optim.residual import slot_of
 from gmixout_optim.settings import KEY, check_anchor_decay, check_saved_run, up_to_date
+from gmixout_optim.shards import is_shard, like, local_of, placed_like
 
 Groups = list[dict[str, Any]]
 
@@ -39,14 +49,73 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
         member = members.get(param)
         if member is not None and member.slot is not None:
             member.notice()
-            kept = {name: item.clone() for name, item in kept_tensors(member.slot).items()}
+            entry = _joined_state(layout, member, entry)
             written = {"written": 1} if member.slot.foreign else {}
-            entry[KEY] = {**kept, **written, "number": member.cells.number}
+            entry[KEY] = {**_joined_slot(layout, member), **written, "number": member.cells.number}
         elif member is not None and entry:
             entry[KEY] = {"trained": 0}  # the base's state is not packed yet
+        elif not keeps_state(base, group) and members.trained():
+            # Tools want an entry of all parameters, or of none.
+            entry[KEY] = {"mixed": 0}
         if entry:
             state[number] = entry
     return {**deepcopy(own_entries(base)), "state": state, "param_groups": groups}
+
+
+def _joined_state(layout: Layout, member: Member, entry: dict[str, Any]) -> dict[str, Any]:
+    """The base's state of a member, packed vectors as a file has them."""
+    run, slot = layout.members.run, slot_of(member)
+    if run.layout != "packed":
+        return entry
+    packed = per_cell_state(layout.base, entry, slot.anchor.shape)
+    return {
+        key: member.cells.joined(item, member.index(), run.seed, run.episode)
+        if key in packed
+        else item
+        for key, item in entry.items()
+    }
+
+
+def _joined_slot(layout: Layout, member: Member) -> dict[str, Tensor]:
+    """Copies of what a slot keeps, as a file has them."""
+    run, residual = layout.members.run, layout.residual
+    kept: dict[str, Tensor] = {}
+    for name, item in kept_tensors(slot_of(member)).items():
+        if is_whole(residual, name):
+            kept[name] = like(member.param, item.clone())
+        else:
+            item = member.cells.joined(item, member.index(), run.seed, run.episode)
+            kept[name] = item.clone()
+    return kept
+
+
+def _parted(
+    layout: Layout, member: Member, index: Tensor, entry: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """A member's entry with what this rank has of its tensors.
+
+    Those that are of other sizes stay as they are, for checks to refuse.
+    """
+    cells, slot = member.cells, entry[KEY]
+
+    def part(item: Any, whole: bool) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        if whole or item.ndim != 1:
+            return local_of(placed_like(item, cells.param)) if item.shape == cells.form[1] else item
+        part = cells.parted(item, index, run["seed"], run["episode"])
+        return item if part is None else part
+
+    def is_packed(key: str) -> bool:
+        return run["layout"] == "packed" and is_own(layout.base, key) and key not in SHARED_KEYS
+
+    state = {
+        key: part(item, whole=False) if is_packed(key) else item
+        for key, item in entry.items()
+        if key != KEY
+    }
+    kept = {name: part(item, is_whole(layout.residual, name)) for name, item in slot.items()}
+    return {**state, KEY: kept}
 
 
 def take_state_dict(layout: Layout, given: Any) -> None:
@@ -210,15 +279,17 @@ def _checked_state(
         if not isinstance(entry, dict):
             raise ValueError(f"the state of {name} in state_dict is no dict: it is damaged")
         member, shape = members.get(param), param.shape
-        if (KEY in entry) > (member is not None):
-            raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
-        if is_packed and member is not None and KEY not in entry:
-            raise ValueError(f"{name} is mixed here and was not in the run that was saved")
-        if member is not None and KEY in entry and not isinstance(entry[KEY], dict):
+        if not isinstance(entry.get(KEY, {}), dict):
             raise ValueError(f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged")
-        if member is not None and KEY in entry and entry[KEY].get("trained") != 0:
+        was_mixed = KEY in entry and entry[KEY].get("mixed") != 0
+        if was_mixed and member is None:
+            raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
+        if is_packed and member is not None and not was_mixed:
+            raise ValueError(f"{name} is mixed here and was not in the run that was saved")
+        if member is not None and was_mixed and entry[KEY].get("trained") != 0:
             _check_number(member, entry[KEY], name)
             index = member.cells.draw(run["seed"], run["episode"])
+            entry = _parted(layout, member, index, entry, run)
             kept = _kept_up_to_date(layout, member, index, entry[KEY], run)
             slot = slots[member] = layout.residual.restored(member, index, kept)
             shape = slot.anchor.shape if is_packed else shape
@@ -286,6 +357,8 @@ def _fitting_state(
     """A copy of one entry of the base's state where the base keeps it."""
     if not isinstance(value, Tensor):
         return deepcopy(value)
+    if value.shape == param.shape and (is_shard(value) or is_shard(param)) and shape == param.shape:
+        return placed_like(value, param)
     is_packable = type(base) in ELEMENTWISE and is_own(base, key)
     if is_packable and value.ndim > 0 and value.shape != shape:
         raise ValueError(
@@ -295,7 +368,7 @@ def _fitting_state(
     # torch keeps step counts on the host unless the step runs on the device.
     on_device = group.get("capturable") or group.get("fused")
     stays = key == "step" and value.device.type == "cpu" and not on_device
-    return value.detach().to("cpu" if stays else param.device, copy=True)
+    return value.detach().to("cpu" if stays else local_of(param).device, copy=True)
 
 
 # Older formats

@@ -95,7 +95,7 @@ class _LentParameters:
         for member in self.layout.members.trained():
             grad = self.gradients[member] = member.cells.gradient
             if grad is not None:
-                member.param.grad = self._masked(member, grad)
+                member.cells.gradient = self._masked(member, grad)
             loan = self.loans[member] = self.residual.lend(member)
             self.first.setdefault(member, loan)
 
@@ -115,7 +115,7 @@ class _LentParameters:
 
     def _return_gradients(self) -> None:
         for member, grad in self.gradients.items():
-            member.param.grad = grad
+            member.cells.gradient = grad
         self.gradients.clear()
 
     def _masked(self, member: Member, grad: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gmixout_optim.members import Member
 from gmixout_optim.on_host import numbers_of
+from gmixout_optim.shards import local_of
 from gmixout_optim.warn import warn
 
 
@@ -20,33 +21,35 @@ def fresh_layers(params: Iterable[Tensor]) -> list[Tensor]:
     edge at b and a variance of b**2 / 3, which training does not leave in place.
     """
     candidates = list(filter(_is_candidate, params))
-    ends = numbers_of([end for param in candidates for end in torch.aminmax(param.detach())])
+    held = [local_of(param.detach()) for param in candidates]
+    ends = numbers_of([end for piece in held for end in torch.aminmax(piece)])
     fresh, edged = [], []
     for param, low, high in zip(candidates, ends[::2], ends[1::2], strict=True):
         if low == high:
             fresh.append(param)
         elif _ends_at_the_bound(param, max(-low, high)):
             edged.append(param)
-    sizes = numbers_of([param.detach().float().square().mean() for param in edged])
+    pieces = [local_of(param.detach()) for param in edged]
+    sizes = numbers_of([piece.float().square().mean() for piece in pieces])
     return fresh + [
         param
-        for param, size in zip(edged, sizes, strict=True)
-        if abs(size / (_bound(param) ** 2 / 3) - 1) < 6 * (0.8 / param.numel()) ** 0.5 + 1e-3
+        for param, piece, size in zip(edged, pieces, sizes, strict=True)
+        if abs(size / (_bound(param) ** 2 / 3) - 1) < 6 * (0.8 / piece.numel()) ** 0.5 + 1e-3
     ]
 
 
 def _is_candidate(param: Tensor) -> bool:
-    is_filled = param.ndim >= 2 and param.numel() >= 2 and not param.is_meta
+    is_filled = param.ndim >= 2 and local_of(param).numel() >= 2 and not param.is_meta
     return is_filled and param.is_floating_point()
 
 
 def _bound(param: Tensor) -> float:
-    return 1 / math.sqrt(param[0].numel())
+    return 1 / math.sqrt(param.shape[1:].numel())
 
 
 def _ends_at_the_bound(param: Tensor, largest: float) -> bool:
     # Of n uniform draws the largest is within 10 / n of the bound, all but 1 in e**10 times.
-    count, bound = param.numel(), _bound(param)
+    count, bound = local_of(param).numel(), _bound(param)
     return count >= 64 and (1 - 10 / count) * bound <= largest <= bound * 1.001
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ Sampler = Literal["stratified", "bernoulli"]
 # A number that changes from episode to episode: 0-d tensors where code is compiled, so that it need
 # not be again.
 Number = int | Tensor
+N = TypeVar("N", int, Tensor)
 
 SAMPLERS: tuple[Sampler, ...] = ("stratified", "bernoulli")
 
@@ -103,6 +104,14 @@ def active_count(cells: int, density: float) -> int:
     return min(cells, max(1, round(density * cells)))
 
 
+def capacity(cells: int, density: float, sampler: Sampler) -> int:
+    """Room for a set of any episode: a Bernoulli set needs more once in 10**20 times."""
+    if sampler == "stratified":
+        return active_count(cells, density)
+    deviation = (cells * density * (1 - density)) ** 0.5
+    return min(cells, int(density * cells + 10 * deviation) + 10)
+
+
 class _Partition:
     """``size`` consecutive integer strata of ``range(cells)``, as equal in length as can be.
 
@@ -115,14 +124,12 @@ class _Partition:
         self.shift = 62 - cells.bit_length()
         self.step = -((-cells << self.shift) // size)
 
-    def of(self, position: int) -> int:
-        """The stratum that holds ``position``."""
+    def of(self, position: N) -> N:
+        """The stratum that holds ``position``; int64 tensors of both, or ints."""
         j = position * self.size // self.cells
-        while (j * self.step) >> self.shift > position:
-            j -= 1
-        while ((j + 1) * self.step) >> self.shift <= position:
-            j += 1
-        return j
+        # The estimate is off by one at most, either way.
+        j = j + -1 * ((j * self.step) >> self.shift > position)
+        return j + 1 * (((j + 1) * self.step) >> self.shift <= position)
 
 
 def _picks(j: Tensor, key: Number, step: Number, shift: Number) -> Tensor:
@@ -215,6 +222,12 @@ def _check(cells: int, density: float, sampler: Sampler, start: int, stop: int) 
         raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
 
 
+def _rotation(key: int, cells: int) -> int:
+    """The random offset of the strata."""
+    # All 64 bits: 32 are too few for a uniform place among up to 2**31 cells.
+    return _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
+
+
 class Strata(NamedTuple):
     """The strata of a tensor in an episode whose picks lie in a range of its cells.
 
@@ -234,8 +247,7 @@ def strata(
     :func:`active_cells`."""
     key = episode_key(seed, tensor, episode)
     whole = _Partition(cells, active_count(cells, density))
-    # All 64 bits: 32 are too few for a uniform place among up to 2**31 cells.
-    rotation = _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
+    rotation = _rotation(key, cells)
     first, count = _strata_in_range(whole, key, rotation, start, stop)
     return Strata(count, (key, first, rotation, cells, whole.size, whole.step, whole.shift))
 
@@ -286,33 +298,101 @@ def active_cells_in_block(
         )
     if prod(sizes) == 0:
         return torch.empty(0, dtype=torch.int32, device=device)
-    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    first = sum(o * stride for o, stride in zip(offsets, strides, strict=True))
-    last = sum((o + s - 1) * stride for o, s, stride in zip(offsets, sizes, strides, strict=True))
-    cell = active_cells(
+    starts, length = runs_of_block(shape, offsets, sizes)
+    run, place = active_cells_in_runs(
         prod(shape),
         density,
+        starts=starts,
+        length=length,
         seed=seed,
         tensor=tensor,
         episode=episode,
         sampler=sampler,
-        start=first,
-        stop=last + 1,
         device=device,
     )
-    local = torch.zeros_like(cell)
-    inside = torch.ones_like(cell, dtype=torch.bool)
-    for stride, offset, size in zip(strides, offsets, sizes, strict=True):
-        coordinate = cell // stride - offset
-        cell = cell % stride
-        inside &= (coordinate >= 0) & (coordinate < size)
-        local = local * size + coordinate
-    return local[inside]
+    return (run * length + place).to(torch.int32)
 
 
-def _chunks(start: int, stop: int, device: torch.device | str | None) -> Iterator[Tensor]:
-    """``range(start, stop)`` as int64 tensors, made one at a time."""
-    chunk = chunk_on(torch.device("cpu" if device is None else device))
+def runs_of_block(
+    shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+) -> tuple[Tensor, int]:
+    """The runs of consecutive cells that make up a block: where they start, and their length.
+
+    The arguments are those of :func:`active_cells_in_block`. The starts are int64, in order.
+    """
+    cut = [dim for dim, (n, s) in enumerate(zip(shape, sizes, strict=True)) if s < n]
+    last = cut[-1] if cut else 0
+    stride = prod(shape[last + 1 :])
+    starts = torch.tensor([offsets[last] * stride if shape else 0])
+    for dim in reversed(range(last)):
+        stride *= shape[dim + 1]
+        more = torch.arange(offsets[dim], offsets[dim] + sizes[dim]) * stride
+        starts = (more[:, None] + starts).view(-1)
+    return starts, prod(sizes[last:])
+
+
+def active_cells_in_runs(
+    cells: int,
+    density: float,
+    *,
+    starts: Tensor,
+    length: int,
+    seed: int,
+    tensor: int,
+    episode: int,
+    sampler: Sampler = "stratified",
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The active cells in runs of ``length`` consecutive cells, which begin at ``starts``.
+
+    A run may end beyond the tensor, where nothing is active. It costs in proportion to the cells of
+    all runs. The other arguments are those of :func:`active_cells`.
+
+    Args:
+        starts: int64, on the host.
+        length: where there are several runs, at most half of ``cells``.
+
+    Returns:
+        int64 tensors, run by run: the number of the run of each active cell, and its place there.
+    """
+    words = dict(seed=seed, tensor=tensor, episode=episode)
+    if len(starts) == 1:
+        start = int(starts)
+        stop = min(cells, start + length)
+        cell = active_cells(
+            cells, density, **words, sampler=sampler, start=start, stop=stop, device=device
+        )
+        return torch.zeros_like(cell, dtype=torch.int64), cell.long() - start
+    _check(cells, density, sampler, 0, cells)
+    key = episode_key(**words)
+    whole = _Partition(cells, active_count(cells, density))
+    starts = starts.to(device)
+    # Strata that a run can touch, see _Partition.of().
+    touched = min(whole.size, length * whole.size // cells + 4)
+    width = touched if sampler == "stratified" else length
+    pieces = []
+    for run in _chunks(0, len(starts), device, width):
+        some = starts[run][:, None]
+        counter = torch.arange(width, device=device)
+        if sampler == "stratified":
+            rotation = _rotation(key, cells)
+            low = (some - rotation) % cells
+            pick = _picks((whole.of(low) + counter) % whole.size, key, whole.step, whole.shift)
+            place = (pick - low) % cells
+            active = (place < length) & (some + place < cells)
+        else:
+            place = counter.expand(len(run), -1)
+            active = bernoulli_mask(some + place, key, density) & (some + place < cells)
+        pieces.append((run[:, None].expand_as(active)[active], place[active]))
+    runs, places = zip(*pieces, strict=True)
+    return torch.cat(runs), torch.cat(places)
+
+
+def _chunks(
+    start: int, stop: int, device: torch.device | str | None, width: int = 1
+) -> Iterator[Tensor]:
+    """``range(start, stop)`` as int64 tensors, made one at a time; a number is ``width`` cells."""
+    chunk = max(1, chunk_on(torch.device("cpu" if device is None else device)) // width)
     return (
         torch.arange(low, min(low + chunk, stop), device=device)
         for low in range(start, stop, chunk)

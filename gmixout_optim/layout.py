@@ -16,6 +16,7 @@ from gmixout_optim.on_host import numbers_of
 from gmixout_optim.packed_gradient import PackedGradient
 from gmixout_optim.residual import Residual, slot_of
 from gmixout_optim.settings import KEY
+from gmixout_optim.shards import reshard
 
 # A write through ``.data`` has no version. So many weights of so many tensors are looked at again,
 # which tell whether the whole model was written to.
@@ -98,7 +99,7 @@ class Layout(ABC):
         cells = member.cells
         device = cells.local.device
         for name, item in kept_tensors(slot).items():
-            whole = self.residual.keeps_whole_tensors and name != "live"
+            whole = is_whole(self.residual, name)
             setattr(slot, name, cells.grid.copy(item.to(device)) if whole else item.to(device))
         slot.placement = cells.placement
         state = self.base.state.get(member.param, {})
@@ -167,10 +168,12 @@ class Layout(ABC):
         trained = self.members.trained()
         if len(trained) != self._sorted:
             self._sorted = len(trained)
-            self._largest = sorted(trained, key=lambda m: m.cells.grid.cells)[-_WITNESSES:]
+            held = [member for member in trained if member.cells.grid.cells]
+            self._largest = sorted(held, key=lambda m: m.cells.grid.cells)[-_WITNESSES:]
         self._witnesses = [
             (member, _first_weights(member)) for member in self._largest if member.slot is not None
         ]
+        reshard(member.param for member in trained)
         for member in trained:
             slot = slot_of(member)
             slot.version = member.cells.version
@@ -325,6 +328,11 @@ def _share_changed(member: Member, before: Tensor) -> Tensor | None:
     before = before.to(now.device)
     close = torch.isclose(now, before, rtol=_SMALL_CHANGE, atol=0.0, equal_nan=True)
     return 1 - close.float().mean()
+
+
+def is_whole(residual: Residual, name: str) -> bool:
+    """Whether a tensor of :func:`kept_tensors` is of the parameter's shape, or packed."""
+    return residual.keeps_whole_tensors and name != "live"
 
 
 def kept_tensors(slot: Slot) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from gmixout_optim.index_sets import MAX_CELLS
 from gmixout_optim.param_groups import matches
 from gmixout_optim.rates import Rates, scaled_lr
 from gmixout_optim.settings import KEY, Run, check_anchor_decay, check_group_keys
+from gmixout_optim.shards import why_unusable
 
 # The members that each mixed parameter belongs to, by its id: they hold it for as long as they are
 # alive. Torch refuses to swap tensors that have weak references.
@@ -126,7 +127,7 @@ class Member:
 
     def index(self) -> Tensor:
         """Where its active cells lie in the running episode; drawn once."""
-        draws, grid, device = self.run.draws, self.cells.grid, self.param.device
+        draws, grid, device = self.run.draws, self.cells.grid, self.cells.placement[0]
         kept = self._index
         if kept is None or kept[0] != draws or kept[1] is not grid or kept[2].device != device:
             index = self.cells.draw(self.run.seed, self.run.episode)
@@ -139,7 +140,7 @@ class Member:
         self._index = self.run.draws, grid, grid.address(cell)
 
     def mask(self) -> Tensor:
-        """Its active weights: bool, of the parameter's shape."""
+        """Its active weights, of those that this rank holds: bool."""
         return self.cells.mask(self.index())
 
     def notice(self) -> None:
@@ -150,6 +151,7 @@ class Member:
 
     def check_gradient(self) -> None:
         """Raise where the gradient cannot be masked, before anything is changed."""
+        self.cells.settle_gradient()
         grad = self.cells.gradient
         if grad is not None and grad.layout != torch.strided:
             raise RuntimeError(
@@ -441,18 +443,20 @@ def _check_parameter(name: str, param: Tensor) -> None:
             "cannot hold what the wrapper keeps: give its group mask_prob=0, or use "
             "DistributedDataParallel"
         )
-    if type(param).__name__ == "DTensor" or hasattr(param, "device_mesh"):
+    reason = why_unusable(param)
+    if reason:
         raise TypeError(
-            f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallel) cannot be mixed "
-            "yet; give its group mask_prob=0, or use DistributedDataParallel"
+            f"{name} is a DTensor that cannot be mixed: {reason}. Distribute it by Shard and "
+            "Replicate alone, as fully_shard() and parallelize_module() do, or give its group "
+            "mask_prob=0"
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}: only strided parameters can be mixed")
 
 
 def _check_size(name: str, cells: Cells) -> None:
-    if cells.grid.cells > MAX_CELLS:
+    if cells.count > MAX_CELLS:
         raise ValueError(
-            f"{name} has {cells.grid.cells} cells at granularity={cells.granularity!r}, more than "
+            f"{name} has {cells.count} cells at granularity={cells.granularity!r}, more than "
             f"{MAX_CELLS}: use a coarser granularity"
         )

@@ -99,7 +99,7 @@ def narrowed(packed: Tensor, dtype: torch.dtype, index: Tensor, dither: Dither |
     """Packed values rounded stochastically to ``dtype``; without a dither as they are."""
     if dither is None:
         return packed
-    number = dither.grid.elements_at(index)
+    number = dither.grid.numbers_at(index)
     size = max(1, packed.shape[0])
     if not torch.compiler.is_compiling():
         size = chunk_on(packed.device)

@@ -37,6 +37,7 @@ from gmixout_optim.packed_step import (
 from gmixout_optim.plan import Plan
 from gmixout_optim.rates import shown_groups
 from gmixout_optim.residual import EpisodicResidual, slot_of
+from gmixout_optim.shards import is_shard, local_of
 
 
 class PackedLayout(Layout):
@@ -199,7 +200,8 @@ class PackedLayout(Layout):
 
     def check_state(self, member: Member) -> None:
         for key, item in self.base.state.get(member.param, {}).items():
-            if isinstance(item, Tensor) and type(item) is not Tensor and item.numel() > 1:
+            is_subclass = isinstance(item, Tensor) and type(local_of(item)) is not Tensor
+            if is_subclass and item.numel() > 1:
                 raise TypeError(
                     f"base has stepped and keeps {key!r} of {member.name} as "
                     f"{type(item).__name__}, which cannot be packed: wrap it before its first step"
@@ -207,12 +209,13 @@ class PackedLayout(Layout):
 
     def _pack_state(self, member: Member) -> None:
         """Take of whole tensors in the base's state what is on the active cells."""
-        state, grid = self.base.state.get(member.param), member.cells.grid
-        shape, anchor = member.cells.form[1], slot_of(member).anchor
-        if not state or shape == anchor.shape:
+        state, cells = self.base.state.get(member.param), member.cells
+        shape, anchor = cells.form[1], slot_of(member).anchor
+        if not state or (shape == anchor.shape and not cells.is_shard):
             return
         if not any(isinstance(item, Tensor) and item.shape == shape for item in state.values()):
             return  # as ever
         for key in per_cell_state(self.base, state, shape):
-            packed = mixing.gather(grid.view(state[key]), member.index())
-            state[key] = packed.to(anchor.dtype)
+            if is_shard(state[key]) == cells.is_shard:
+                packed = mixing.gather(cells.grid.view(local_of(state[key])), member.index())
+                state[key] = packed.to(anchor.dtype)

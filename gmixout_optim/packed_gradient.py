@@ -115,7 +115,7 @@ class PackedGradient(Tensor):
                 "other weights are active now: call zero_grad() before backward(), and backward() "
                 "again after resample(), resync() or load_state_dict()"
             )
-        device = member.param.device
+        device = member.cells.placement[0]
         return self.active if self.active.device == device else self.active.to(device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -270,9 +270,13 @@ def pack_gradients(member: Member) -> None:
     owner = weakref.ref(member)
 
     def pack(param: Tensor) -> None:
-        grad, member = param.grad, owner()
-        if grad is not None and member is not None and _can_be_packed(grad):
-            param.grad = PackedGradient(_active_part(member, grad), owner, param, member.run.draws)
+        member = owner()
+        if member is None or not member.cells.has_own_pieces_as_gradient:
+            return
+        cells, grad = member.cells, member.cells.gradient
+        if grad is not None and _can_be_packed(grad):
+            active = _active_part(member, grad)
+            cells.gradient = PackedGradient(active, owner, cells.local, member.run.draws)
             member.gradient_kind = "packed"
 
     handle = member.param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ class Item(NamedTuple):
 
 def gradient_of(member: Member) -> Tensor:
     """The gradient of all weights, or that of the active cells where it was packed."""
-    grad = member.cells.param.grad
+    grad = member.cells.gradient
     assert grad is not None
     return grad.current_for(member) if type(grad) is PackedGradient else grad
 

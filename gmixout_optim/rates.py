@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim.bases import is_lr
+from gmixout_optim.shards import is_shard
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def shown_groups(
 ) -> Iterator[None]:
     """Inside the block the base's groups hold what it is to step, at the rates for it.
 
-    A group whose parameters train at several rates is shown as several groups. If the base changes
+    A group whose parameters train at several rates is shown as several groups, and so is one with
+    plain tensors and DTensors, which torch's optimizers do not step together. If the base changes
     its lr, the change persists.
 
     Args:
@@ -90,11 +92,13 @@ def shown_groups(
     # What each group's own dict shows as its learning rate, times what, and the tensor's version.
     first: list[tuple[Any, float, int]] = []
     for group, lists, lr in kept:
-        parts: dict[float, list[int]] = {}
+        parts: dict[tuple[float, bool], list[int]] = {}
         for place, param in enumerate(lists["params"]):
-            if lent.get(param, param) is not None:
-                parts.setdefault(rates.get(param, 1.0), []).append(place)
-        for number, (rate, places) in enumerate(parts.items() or [(1.0, [])]):
+            given = lent.get(param, param)
+            if given is not None:
+                kind = rates.get(param, 1.0), is_shard(given)
+                parts.setdefault(kind, []).append(place)
+        for number, ((rate, _), places) in enumerate(parts.items() or [((1.0, False), [])]):
             part = {**group} if number else group
             part.update({key: [items[place] for place in places] for key, items in lists.items()})
             part["params"] = [lent.get(param, param) for param in part["params"]]

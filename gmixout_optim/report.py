@@ -158,7 +158,7 @@ def _report_on(
         mixed=member is not None,
         note=_note(layout, group, place, member),
         density=1.0 if member is None else _density(member),
-        width=1 if member is None else member.cells.grid.width,
+        width=1 if member is None else member.cells.width,
         drift=None if member is None else _drift(*norms.get(member, (0.0, 0.0))),
         gradient="dense" if member is None else member.gradient_kind,
         state_bytes=nbytes_of(
@@ -177,7 +177,7 @@ def _note(layout: Layout, group: dict[str, Any], place: int, member: Member | No
         return f"{_why_not(member)}: element-wise"
     if not member.param.requires_grad:
         return "frozen"
-    return "one cell: always active" if member.cells.grid.cells == 1 else ""
+    return "one cell: always active" if member.cells.count == 1 else ""
 
 
 def _why_not(member: Member) -> str:
@@ -191,7 +191,7 @@ def _why_not(member: Member) -> str:
 
 
 def _density(member: Member) -> float:
-    return member.cells.grid.size_at(member.index()) / member.param.numel()
+    return member.cells.grid.size_at(member.index()) / max(1, member.cells.local.numel())
 
 
 def _norms(layout: Layout) -> dict[Member, tuple[float, float]]:

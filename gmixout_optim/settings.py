@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gmixout_optim.bases import (
     ELEMENTWISE,
     NOT_ELEMENTWISE,
+    ONE_DEVICE,
     REFUSED,
     follows_lr,
     has_modes,
@@ -24,6 +25,7 @@ from gmixout_optim.bases import (
 )
 from gmixout_optim.cells import Granularity
 from gmixout_optim.index_sets import SAMPLERS, Sampler
+from gmixout_optim.shards import is_shard
 from gmixout_optim.warn import warn
 
 ResidualName = Literal["episodic", "persistent"]
@@ -285,6 +287,11 @@ def resolve_layout(base: Optimizer, run: Run, mixed: Sequence[Tensor]) -> Layout
     kind, name = type(base), type(base).__name__
     if mixed:
         _check_base_can_mix(base, run)
+    if type(base).__name__ in ONE_DEVICE and any(map(is_shard, mixed)):
+        raise ValueError(
+            f"base={name} cannot train DTensors, neither wrapped nor alone: "
+            f"{ONE_DEVICE[name]}; use another optimizer, or DistributedDataParallel"
+        )
     if run.layout == "packed" and kind in NOT_ELEMENTWISE:
         raise ValueError(
             f"layout='packed' does not fit base={name}: {NOT_ELEMENTWISE[kind]}; use layout='dense'"

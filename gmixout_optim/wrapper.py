@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +22,15 @@ from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, parameters
 from gmixout_optim.report import Report, make_report
+from gmixout_optim.shards import (
+    by_mesh,
+    is_nonzero,
+    like,
+    local_of,
+    reshard,
+    settled,
+    total_norm,
+)
 from gmixout_optim.warn import warn
 
 if TYPE_CHECKING:
@@ -135,13 +144,21 @@ class WrappingOptimizer(Optimizer):
         return self._run.steps_in_episode
 
     def active_mask(self, param: Tensor) -> Tensor:
-        """Which weights of a parameter train in the running episode: bool, of its shape."""
+        """Which weights of a parameter train in the running episode: bool, of its shape.
+
+        A DTensor where the parameter is one.
+        """
         member = self._member_of(param)
-        return torch.ones_like(param, dtype=torch.bool) if member is None else member.mask()
+        if member is None:
+            return torch.ones_like(param, dtype=torch.bool)
+        return like(param, member.mask())
 
     @eagerly
     def anchor(self, param: Tensor) -> Tensor:
-        """A dense copy of a mixed parameter's anchor, of its shape and dtype."""
+        """A dense copy of a mixed parameter's anchor, of its shape and dtype.
+
+        A DTensor where the parameter is one.
+        """
         member = self._member_of(param)
         if member is None:
             raise ValueError(
@@ -151,7 +168,7 @@ class WrappingOptimizer(Optimizer):
         if member.slot is not None:
             self._layout.slot(member)  # where the parameter is now
             self._layout.residual.look(member)
-        return self._layout.residual.dense_anchor(member)
+        return like(param, self._layout.residual.dense_anchor(member))
 
     @eagerly
     def report(self) -> Report:
@@ -180,7 +197,8 @@ class WrappingOptimizer(Optimizer):
 
         Used are the gradients of the active weights (times s with rescaling) and of parameters that
         are not mixed. :func:`torch.nn.utils.clip_grad_norm_` works too, but clips by the norm over
-        all weights; of packed gradients by that over the active ones, not times s.
+        all weights; of packed gradients by that over the active ones, not times s. Of parameters in
+        pieces (DTensors) it is the norm over all ranks, which all have to call this.
 
         Returns:
             the norm before clipping, a 0-d tensor.
@@ -190,11 +208,15 @@ class WrappingOptimizer(Optimizer):
         used = []
         for param in params:
             member = self._members.get(param)
-            grad = param.grad if member is None else self._layout.active_gradient(member)
-            if grad is not None and grad.numel():
-                used.append(grad)
-        norm = get_total_norm(used, norm_type)
-        clip_grads_with_norm_(params, max_norm, norm)
+            if member is None:
+                param.grad = settled(param.grad, param)
+                assert param.grad is not None
+                used.append((param, local_of(param.grad)))
+            else:
+                used.append((param, self._layout.active_gradient(member)))
+        norm = total_norm(used, norm_type)
+        for some in by_mesh(params):
+            clip_grads_with_norm_(some, max_norm, norm)
         return norm
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -252,6 +274,7 @@ class WrappingOptimizer(Optimizer):
         checkpoint.take_state_dict(self._layout, state_dict)
         self._members.release()  # until the next step: what they held is given up
         self._take_gradients()
+        reshard(member.param for member in self._members)  # the model's weights were loaded, too
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -363,7 +386,7 @@ class WrappingOptimizer(Optimizer):
             and not self._members.trained()
             and all(map(lr_is_zero, self.param_groups))
             and not any(
-                bool(param.grad.any())
+                is_nonzero(param.grad)
                 for group in self.param_groups
                 for param in group["params"]
                 if param.grad is not None

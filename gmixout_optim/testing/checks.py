@@ -13,6 +13,7 @@ from gmixout_optim import GMixoutOptimizer, mixing
 from gmixout_optim.bases import per_cell_state
 from gmixout_optim.index_sets import active_count
 from gmixout_optim.members import Member
+from gmixout_optim.shards import local_of
 
 INVARIANTS = {
     1: "off S the live weights are the anchor",
@@ -138,8 +139,8 @@ def index_sum(member: Member) -> int:
 
 
 def look_of(member: Member) -> tuple[Any, ...]:
-    param = member.param
-    return id(param), param.data_ptr(), tuple(param.shape), param.stride(), param.dtype
+    param, held = member.param, member.cells.local
+    return id(param), held.data_ptr(), tuple(param.shape), param.stride(), param.dtype
 
 
 # At one moment
@@ -166,7 +167,7 @@ def check_index_sets(optimizer: GMixoutOptimizer) -> None:
 
 def check_set(member: Member, index: Tensor) -> None:
     cells, grid = member.cells, member.cells.grid
-    if member.run.sampler == "stratified":
+    if member.run.sampler == "stratified" and grid.piece is None:
         promised = active_count(grid.cells, 1 - cells.mask_prob)
         promised *= 1 if grid.contiguous else grid.width
         if index.numel() != promised:
@@ -174,7 +175,7 @@ def check_set(member: Member, index: Tensor) -> None:
                 7, f"{index.numel()} cells are active, {promised} were promised", member.name
             )
     numbers = index if grid.contiguous else grid.elements_at(index)
-    limit = grid.cells if grid.contiguous else member.param.numel()
+    limit = grid.cells if grid.contiguous else cells.local.numel()
     # Rows and blocks of a tensor in another memory format are told by their elements.
     ordered = numbers if grid.contiguous or grid.width == 1 else numbers.sort().values
     if not _all(ordered[1:] > ordered[:-1]):
@@ -192,7 +193,7 @@ def check_sizes(optimizer: GMixoutOptimizer) -> None:
     base, whole = optimizer.base, optimizer._layout.residual.keeps_whole_tensors
     packed = optimizer._run.layout == "packed"
     for member in optimizer._members.trained():
-        slot, shape = member.slot, member.param.shape
+        slot, shape = member.slot, member.cells.local.shape
         assert slot is not None
         size = torch.Size([member.cells.grid.size_at(member.index())])
         for name, item in {"anchor": slot.anchor, "value": slot.value}.items():
@@ -201,7 +202,9 @@ def check_sizes(optimizer: GMixoutOptimizer) -> None:
                     12, f"the {name} has shape {tuple(item.shape)}, {size} are active", member.name
                 )
         state = base.state.get(member.param, {})
-        wrong = per_cell_state(base, state, shape) if packed and shape != size else set()
+        wrong = set()
+        if packed and shape != size:
+            wrong = per_cell_state(base, state, shape)
         if wrong:
             raise InvariantError(
                 12, f"the base keeps {sorted(wrong)} of all weights, not of S", member.name
@@ -229,14 +232,14 @@ def check_eval_weights(optimizer: GMixoutOptimizer) -> None:
     layout.look_closely()
     trained = [m for m in optimizer._members.trained() if m.slot and not m.slot.foreign]
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    live = [param.detach().clone(memory_format=torch.preserve_format) for param in params]
+    live = [local_of(param.detach()).clone(memory_format=torch.preserve_format) for param in params]
     before = dict(zip(params, live, strict=True))
     expected = {member: _to_deploy(optimizer, member) for member in trained}
     with optimizer.eval_weights():
         for member in trained:
             want, scale = expected[member]
             if member.slot is not None and optimizer._run.residual == "persistent":
-                shown = member.param.detach().reshape(-1)
+                shown = member.cells.local.reshape(-1)
             else:
                 shown = mixing.gather(member.cells.view(), member.index())
                 report_off_s(member, before[member.param], 9, "changed inside eval_weights()")
@@ -254,7 +257,9 @@ def check_eval_weights(optimizer: GMixoutOptimizer) -> None:
     names = {member.param: member.name for member in optimizer._members}
     for param, weights in before.items():
         name = names.get(param, f"a parameter of shape {tuple(param.shape)}")
-        require_same(9, name, param, weights, "{count} of {total} live weights were not put back")
+        require_same(
+            9, name, local_of(param), weights, "{count} of {total} live weights were not put back"
+        )
 
 
 def _to_deploy(optimizer: GMixoutOptimizer, member: Member) -> tuple[Tensor, Tensor]:
@@ -277,14 +282,15 @@ def check_ranks(optimizer: GMixoutOptimizer) -> None:
     if not distributed.is_available() or not distributed.is_initialized():
         return
     run, members = optimizer._run, list(optimizer._members)
-    own = [run.seed, run.episode, run.steps_in_episode, *map(index_sum, members)]
+    whole = [member for member in members if not member.cells.is_shard]
+    own = [run.seed, run.episode, run.steps_in_episode, *map(index_sum, whole)]
     group = distributed.distributed_c10d._get_default_group()
     device = torch.device("cuda") if distributed.get_backend(group) == "nccl" else "cpu"
     lowest = torch.tensor(own, dtype=torch.int64, device=device)
     highest = lowest.clone()
     distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
     distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-    names = ["the seed", "the episode", "steps_in_episode", *(member.name for member in members)]
+    names = ["the seed", "the episode", "steps_in_episode", *(member.name for member in whole)]
     for name, low, high in zip(names, lowest.tolist(), highest.tolist(), strict=True):
         if low != high:
             raise InvariantError(10, f"ranks differ in {name}")
@@ -399,7 +405,7 @@ def require_same(invariant: int, name: str, now: Tensor, before: Tensor, what: s
 def off_s(member: Member, differs: Tensor) -> int:
     """How many of the cells' weights off S are marked; ``differs`` may be written to."""
     grid: Any = member.cells.grid
-    if not grid.contiguous or not differs.is_contiguous() or differs.shape != member.param.shape:
+    if not grid.contiguous or not differs.is_contiguous() or differs.shape != grid.shape:
         mask = member.mask()
         return int((differs.reshape(*mask.shape, -1).any(-1) & ~mask).sum())
     view = grid.view(differs)
@@ -419,13 +425,14 @@ def _any(flags: Tensor) -> bool:
 
 
 def report_off_s(member: Member, before: Tensor, invariant: int, what: str) -> None:
-    if before.shape != member.param.shape:
+    held = member.cells.local
+    if before.shape != held.shape:
         return
-    count = off_s(member, bits(member.param) != bits(before))
+    count = off_s(member, bits(held) != bits(before))
     if count:
         raise InvariantError(
             invariant,
-            f"{count} of {member.param.numel()} weights {what}, although they are not active",
+            f"{count} of {held.numel()} weights {what}, although they are not active",
             member.name,
             count,
         )
