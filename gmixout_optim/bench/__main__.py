@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from gmixout_optim.bench import gpu_plan, training
+from gmixout_optim.bench import gpu_plan, plan, training
 from gmixout_optim.bench.memory import Loop, measure_peaks
 from gmixout_optim.bench.options import Options, read_options
 from gmixout_optim.bench.progress import Progress
@@ -14,13 +14,16 @@ from gmixout_optim.bench.result import Result
 from gmixout_optim.bench.speed import measure_speed
 from gmixout_optim.bench.table import tables
 
+# What runs in place of the measurement, by the option that asks for it.
+_COMMANDS = {"--training": training.main, "--plan-gpu": gpu_plan.main, "--plan": plan.main}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 1 where a training loop failed, with the reason in the output."""
-    if "--training" in arguments:
-        return training.main(arguments)
-    if any(argument.startswith("--plan-gpu") for argument in arguments):
-        return gpu_plan.main(arguments)
+    named = {argument.partition("=")[0] for argument in arguments}
+    for name, command in _COMMANDS.items():
+        if name in named:
+            return command(arguments)
     options = read_options(arguments)
     result = measure(options)
     print(json.dumps(result.to_dict(), indent=2) if options.json else tables(result))

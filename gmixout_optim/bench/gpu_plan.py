@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} --plan-gpu",
         description="What a step costs on a GPU, calculated from the code that is made for it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--plan-gpu", choices=DEVICES, required=True, help="the device, of a data sheet")

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         description="What GMixoutOptimizer costs against the optimizer that it wraps: time, bytes, "
         "traffic, peak memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--density",
-        type=_density,
+        type=density,
         nargs="+",
         default=[0.1],
         metavar="D",
@@ -161,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DEVICE",
         help="calculate what a step costs on h100, a100 or 4090 instead; --plan-gpu h100 --help",
     )
+    add(
+        "--plan",
+        action="store_true",
+        help="calculate what training on many ranks costs in bytes instead; --plan --help",
+    )
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--no-memory", action="store_true", help="leave out the training loops")
     parts.add_argument(
@@ -196,14 +202,14 @@ def model_name(text: str) -> str:
     return text
 
 
-def _density(text: str) -> float:
+def density(text: str) -> float:
     try:
-        density = float(text)
+        share = float(text)
     except ValueError:
-        density = 0.0
-    if not 0 < density <= 1:
+        share = 0.0
+    if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"density must be a number in (0, 1], got {text!r}")
-    return density
+    return share
 
 
 def _granularity(text: str) -> Granularity:

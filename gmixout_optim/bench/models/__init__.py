@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from gmixout_optim.bench.models.convnext import ConvNeXt, ConvNeXtConfig
-from gmixout_optim.bench.models.llama import Llama, LlamaConfig, LlamaLayer
+from gmixout_optim.bench.models.llama import Llama, LlamaConfig, LlamaLayer, config_of
 from gmixout_optim.bench.models.mlp import MLP
 from gmixout_optim.bench.models.resnet import ResNet, ResNetConfig
 from gmixout_optim.bench.models.vit import VisionTransformer, ViTConfig
@@ -72,8 +72,17 @@ def find_model(name: str) -> Callable[[], Workload]:
 
 def shapes_of(name: str) -> list[torch.Size]:
     """The shapes of a model's parameters in the order of ``parameters()``; takes no memory."""
+    return _shapes(find_model(name))
+
+
+def llama_shapes(weights: int) -> list[torch.Size]:
+    """The same of a Llama of about so many weights, see :func:`config_of`."""
+    return _shapes(partial(Llama, config_of(weights)))
+
+
+def _shapes(build: Callable[[], Workload]) -> list[torch.Size]:
     with torch.device("meta"):
-        model = find_model(name)()
+        model = build()
     return [param.shape for param in model.parameters()]
 
 

@@ -25,6 +25,34 @@ class LlamaConfig:
     tokens: int = 128
 
 
+# Channels of a head, and channels per layer of the published models, Llama-2-7B for example.
+_HEAD, _ASPECT = 128, 128
+
+
+def config_of(weights: int) -> LlamaConfig:
+    """The config of about so many weights, in the proportions of Llama-2-7B.
+
+    With width d and as many keys as queries, a layer has 4 d^2 weights in its attention and 8 d^2
+    in its MLP (three matrices of d x 8/3 d), L layers 12 L d^2, and the embedding, which is the
+    output layer too, 32000 d. The width is the multiple of 512 nearest to the one at which L =
+    d / 128 meets the number, so that up to 512 ranks have equal shares of the layers' matrices; the
+    number of layers then makes up the weights to within half a layer.
+    """
+    vocabulary, step = LlamaConfig.vocabulary, 512
+
+    def weights_at(width: int) -> float:
+        return 12 * width**3 / _ASPECT + vocabulary * width
+
+    width = step
+    while weights_at(width + step // 2) < weights:
+        width += step
+    hidden = -(-8 * width // (3 * 256)) * 256
+    layer = 4 * width**2 + 3 * width * hidden + 2 * width
+    depth = max(1, round((weights - vocabulary * width) / layer))
+    heads = width // _HEAD
+    return LlamaConfig(width, depth, heads=heads, key_heads=heads, hidden=hidden)
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
