@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from threading import RLock
 from typing import Any, Literal
@@ -405,6 +405,9 @@ class Members:
         for number, (group, known) in enumerate(zip(groups, self._groups, strict=True)):
             old, params, names = known
             shown = group["params"]
+            if not all(map(is_, shown, params)) and self._may_follow(shown, params):
+                self._follow(shown, params)
+                params[:] = shown
             if len(shown) != len(params) or not all(map(is_, shown, params)):
                 kept = {id(param) for param in shown}
                 known_by = zip(names, params, strict=True)
@@ -418,6 +421,34 @@ class Members:
                 for member in self:
                     if member.group is old:
                         member.group = group
+
+    def _may_follow(self, shown: Sequence[Any], params: Sequence[Tensor]) -> bool:
+        """Whether other parameters, of the same shapes, took the places of those of a group.
+
+        Accelerate does so, after ``fully_shard()`` has replaced the parameters of the model.
+        """
+        return (
+            len(shown) == len(params)
+            and all(isinstance(param, Tensor) for param in shown)
+            and [param.shape for param in shown] == [param.shape for param in params]
+            and not self.trained()
+        )
+
+    def _follow(self, shown: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        """Mix parameters that took the places of others."""
+        replaced = dict(zip(params, shown, strict=True))
+        followed: dict[Tensor, Member] = {}
+        for param, member in self._of.items():
+            if replaced.get(param, param) is not param:
+                param = replaced[param]
+                _check_parameter(member.name, param)
+                old = member.cells
+                cells = Cells(param, old.number, old.granularity, old.mask_prob, old.sampler)
+                member = replace(member, cells=cells, packs_gradients=False)
+            followed[param] = member
+        self.release()
+        self._of = followed
+        self.hold()
 
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise where a group's fixed settings changed, or its ``anchor_decay`` is impossible."""

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import mixing
 from gmixout_optim.members import Member
+from gmixout_optim.shards import is_shard
 
 _aten = torch.ops.aten
 
@@ -255,7 +256,8 @@ def _keeps_zeros(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return kind is not _aten.any or not rest
 
 
-# The hook of each parameter whose gradients are packed, by its id, whichever optimizer does it.
+# The hook of each parameter whose gradients are packed, or are to own their memory, by its id,
+# whichever optimizer does it.
 _hooks: dict[int, tuple[RemovableHandle, weakref.finalize[..., Any]]] = {}
 
 
@@ -283,6 +285,28 @@ def pack_gradients(member: Member) -> None:
     key = id(member.param)
     _hooks[key] = handle, weakref.finalize(member, _hooks.pop, key, None)
     member.packs_gradients = True
+
+
+def own_gradients(param: Tensor, owner: object) -> None:
+    """From the next backward on a DTensor's gradient has memory of its own, while ``owner`` lives.
+
+    FSDP2 makes the gradients of several parameters views of one buffer: with one of them left, that
+    of packed ones would not be freed.
+    """
+    if id(param) in _hooks or not is_shard(param) or not param.requires_grad:
+        return
+
+    def copy(param: Tensor) -> None:
+        grad = param.grad
+        if (
+            is_shard(grad)
+            and grad._local_tensor.untyped_storage().nbytes() > grad._local_tensor.nbytes
+        ):
+            grad._local_tensor = grad._local_tensor.clone()
+
+    handle = param.register_post_accumulate_grad_hook(copy)  # type: ignore[no-untyped-call]
+    key = id(param)
+    _hooks[key] = handle, weakref.finalize(owner, _hooks.pop, key, None)
 
 
 def leave_gradients(param: Tensor) -> None:

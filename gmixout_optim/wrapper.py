@@ -15,12 +15,13 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gmixout_optim import checkpoint, settings
+from gmixout_optim import checkpoint, ranks, settings
 from gmixout_optim.active_gradient import can_be_active, give_up_gradients, take_gradients
 from gmixout_optim.bases import guard, initial_state, lr_is_zero
 from gmixout_optim.fresh_layers import warn_of_fresh_layers
 from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, Members, parameters
+from gmixout_optim.packed_gradient import own_gradients
 from gmixout_optim.report import Report, make_report
 from gmixout_optim.shards import (
     by_mesh,
@@ -86,6 +87,7 @@ class WrappingOptimizer(Optimizer):
         self._is_busy = False
         self._open_blocks = 0
         self._warned: set[str] = set()
+        self._has_met = False  # whether ranks have found that they agree
         self._resample_pre_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         self._resample_hooks: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
         # Optimizer.__init__ would make groups and a state of its own. This sets up hooks and step
@@ -243,12 +245,22 @@ class WrappingOptimizer(Optimizer):
         self._adopt([param_group], mixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of base and wrapper: exact in mid-episode, and without index sets."""
+        """The state of base and wrapper: exact in mid-episode, and without index sets.
+
+        Where parameters are in pieces on several ranks it is a collective call, as loading is. It
+        holds the packed vectors of whole parameters then, as DTensors, and is loaded by any number
+        of ranks.
+
+        Raises:
+            RuntimeError: some of these ranks do not call it, within the process group's timeout.
+        """
         self._refuse_in_step("state_dict()")
         self._members.bind(self.param_groups)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = checkpoint.make_state_dict(self._layout)
+        ranks.wait_for_all((m.param for m in self._members.trained()), "state_dict()")
+        with torch.no_grad():
+            state_dict = checkpoint.make_state_dict(self._layout)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -272,6 +284,7 @@ class WrappingOptimizer(Optimizer):
                 changed = pre_hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
         checkpoint.take_state_dict(self._layout, state_dict)
+        self._has_met = False
         self._members.release()  # until the next step: what they held is given up
         self._take_gradients()
         reshard(member.param for member in self._members)  # the model's weights were loaded, too
@@ -354,6 +367,8 @@ class WrappingOptimizer(Optimizer):
                 is_taken = member.packs_gradients and not active
                 if not is_taken and not self._members.is_held_elsewhere(member.param):
                     take_gradients(member, active)
+            for param in self._unmixed():
+                own_gradients(param, self._members)
 
     def _give_up_gradients(self) -> None:
         """Have them be what backward makes of them, until a further step."""
@@ -361,6 +376,14 @@ class WrappingOptimizer(Optimizer):
             if member.packs_gradients:
                 give_up_gradients(member.param)
                 member.packs_gradients, member.gradient_kind = False, "dense"
+        if self._grad_layout != "dense":
+            for param in self._unmixed():
+                give_up_gradients(param)
+
+    def _unmixed(self) -> Iterator[Tensor]:
+        for _, _, _, param in parameters(self.param_groups):
+            if param not in self._members and not self._members.is_held_elsewhere(param):
+                yield param
 
     def _next_episode(self, keep_foreign: bool = False) -> list[Member]:
         """End the episode and begin the next; returns the members that were left as they are."""
@@ -404,6 +427,11 @@ class WrappingOptimizer(Optimizer):
             )
         self._members.check_groups(self.param_groups)
         self._members.hold()
+        if not self._has_met:
+            params = [param for group in self.param_groups for param in group["params"]]
+            ranks.check_not_replaced(params)
+            ranks.check_alike(self._members, self.param_groups)
+            self._has_met = True
         if self._run.residual == "persistent" and self._layout.shows_deployed:
             self._layout.show_live()  # after consolidate()
 
