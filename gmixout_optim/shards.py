@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from math import inf
+from math import inf, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
@@ -62,13 +62,13 @@ def why_unusable(param: Tensor) -> str:
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its pieces are summands of it (Partial)"
-    try:
-        (chunk,) = param.__create_chunk_list__()  # type: ignore[no-untyped-call]
-        is_box = tuple(chunk.sizes) == tuple(param._local_tensor.shape)
-    except Exception:
-        is_box = False
-    if not is_box and param._local_tensor.numel():
-        return "its piece on this rank is no box of it (_StridedShard)"
+    cuts = [(getattr(each, "dim", None), each) for each in param.placements]
+    for place, (dim, placement) in enumerate(cuts):
+        # FSDP2 cuts what tensor parallel has cut already, in a later dimension of the mesh.
+        factor = getattr(placement, "split_factor", 1)
+        later = zip(cuts[place + 1 :], param.device_mesh.shape[place + 1 :], strict=True)
+        if factor > 1 and factor != prod(size for (other, _), size in later if other == dim):
+            return f"its pieces are not contiguous ({placement})"
     return ""
 
 

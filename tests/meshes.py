@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from gmixout_optim import GMixoutOptimizer
-from gmixout_optim.shards import whole_of
+from gmixout_optim.shards import is_shard, whole_of
 
 
 class Block(nn.Module):
@@ -57,6 +57,60 @@ def net(dtype: torch.dtype = torch.float64) -> Net:
         return Net().to(dtype)
 
 
+class Terms(nn.Module):
+    """A sum over weights, each times an integer: gradients are integers, whoever adds them up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(7,), (10, 40), (3, 33), (40, 8), (6, 4, 3)]
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for weight in self.weights:
+            factor = (torch.arange(weight.numel()) % 7 - 3).view(weight.shape).to(x.dtype)
+            if is_shard(weight):
+                mesh, placements = weight.device_mesh, weight.placements
+                factor = distribute_tensor(factor, mesh, placements, src_data_rank=None)
+            total = total + x * whole_of((weight * factor).sum())
+        return total
+
+
+class Exact(nn.Module):
+    """With the loss of :func:`train_exactly` every weight's gradient is exact in any dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Terms(), Terms()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = sum(block(x) for block in self.blocks)  # type: ignore[assignment]
+        return total
+
+
+def exact(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return Exact().to(dtype)
+
+
+def train_exactly(
+    model: nn.Module, optimizer: Any, spread: str, steps: range, before: Any = None
+) -> None:
+    """Twelve rows of small integers a step, which the ranks share."""
+    for step in steps:
+        rows = torch.tensor([1.0, 0.0, -1.0, 2.0] * 3).roll(step) * (1 - 2 * (step % 2))
+        part = part_of_batch(spread, len(rows))
+        ranks = len(rows) // len(rows[part])  # DDP and FSDP2 take the mean
+        optimizer.zero_grad()
+        if before is not None:
+            before()
+        dtype = next(model.parameters()).dtype
+        (ranks * model(rows[part].sum().to(dtype))).backward()
+        optimizer.step()
+
+
 def one(model: nn.Module) -> nn.Module:
     return model
 
@@ -80,7 +134,14 @@ def hsdp(model: nn.Module) -> nn.Module:
 def tp(model: nn.Module, mesh: Any = None) -> nn.Module:
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:  # type: ignore[union-attr]
-        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if isinstance(block, Terms):
+            for place, weight in enumerate(block.weights):
+                cut = distribute_tensor(
+                    weight.detach(), mesh, [Shard(min(place % 3, 1, weight.ndim - 1))]
+                )
+                block.weights[place] = nn.Parameter(cut)
+        else:
+            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     return model
 
 
@@ -149,7 +210,3 @@ def train(
             norms.append(whole_of(optimizer.clip_grad_norm_(clip)))
         optimizer.step()
     return norms
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)

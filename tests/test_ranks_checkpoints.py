@@ -1,0 +1,293 @@
+"""What is saved on some ranks in the middle of an episode, others go on from, to the last bit."""
+
+from __future__ import annotations
+
+import warnings
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from gmixout_optim import shards
+from tests import meshes
+from tests.ranks import needs_gloo, on_ranks
+from tests.test_ranks import SINGLE
+
+pytestmark = [needs_gloo, pytest.mark.filterwarnings("ignore")]
+
+SAVED_AT, END = 5, 9  # the second episode of three steps is at its second
+
+SETTINGS: list[dict[str, Any]] = [
+    dict(granularity="element"),
+    dict(granularity="column", sampler="bernoulli"),
+    dict(granularity=5, rescale=True),
+    dict(granularity="row", layout="dense"),
+    dict(granularity="row", residual="persistent"),
+    dict(granularity="element", dtype=torch.bfloat16, stochastic_rounding=True),
+    dict(granularity="column", base=partial(torch.optim.SGD, foreach=False)),
+]
+
+
+def made(spread: str, settings: dict[str, Any], seed: int) -> tuple[Any, Any]:
+    settings = dict(settings)
+    model = meshes.SPREADS[spread](meshes.exact(settings.pop("dtype", torch.float32)))
+    base = settings.pop("base", SINGLE)
+    exclude = "*blocks.1.weights.3"
+    return model, meshes.wrap(model, base, exclude=exclude, seed=seed, **settings)
+
+
+def saved(rank: int, spread: str, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    for place, settings in enumerate(SETTINGS):
+        model, optimizer = made(spread, settings, seed=5)
+        meshes.train_exactly(model, optimizer, spread, range(SAVED_AT))
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{place}")
+
+
+def gone_on(rank: int, spread: str, folder: str) -> list[Any]:
+    warnings.simplefilter("ignore")
+    ends = []
+    for place, settings in enumerate(SETTINGS):
+        model, optimizer = made(spread, settings, seed=9)  # another, until it is loaded
+        weights, state = get_state_dict(model, optimizer)
+        assert optimizer.steps_in_episode == 0
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{place}")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        meshes.train_exactly(model, optimizer, spread, range(SAVED_AT, END))
+        ends.append((meshes.whole_masks(optimizer), meshes.whole_weights(model)))
+    return ends
+
+
+@pytest.fixture(scope="module")
+def never_stopped() -> list[Any]:
+    ends = []
+    for settings in SETTINGS:
+        model, optimizer = made("one", settings, seed=5)
+        meshes.train_exactly(model, optimizer, "one", range(END))
+        ends.append((meshes.whole_masks(optimizer), meshes.whole_weights(model)))
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("fsdp", 2), ("one", 1)),
+        (("one", 1), ("fsdp", 4)),
+        (("fsdp", 3), ("fsdp", 2)),
+        (("fsdp", 2), ("ddp", 2)),
+        (("ddp", 2), ("fsdp", 3)),
+        (("fsdp", 3), ("hsdp", 4)),
+        (("fsdp", 2), ("tp", 3)),
+        (("tp", 2), ("fsdp_tp", 4)),
+        (("fsdp_tp", 4), ("one", 1)),
+    ],
+)
+def test_invariant_8_other_ranks_go_on_in_mid_episode(
+    first: tuple[str, int], then: tuple[str, int], never_stopped: list[Any], tmp_path: Path
+) -> None:
+    on_ranks(first[1], saved, first[0], str(tmp_path), limit=120)
+    for ends in on_ranks(then[1], gone_on, then[0], str(tmp_path), limit=120):
+        for (masks, weights), (own_masks, own_weights), settings in zip(
+            ends, never_stopped, SETTINGS, strict=True
+        ):
+            assert all(map(torch.equal, masks, own_masks)), f"index sets of {settings}"
+            assert all(map(torch.equal, weights, own_weights)), settings
+
+
+# Other ways to save
+
+
+def by_torch_save(rank: int, folder: str) -> list[torch.Tensor]:
+    """A file for each rank, loaded by as many; loading needs the classes of DTensor."""
+    warnings.simplefilter("ignore")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT))
+    torch.save([model.state_dict(), optimizer.state_dict()], f"{folder}/{rank}.pt")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    weights, state = torch.load(f"{folder}/{rank}.pt", weights_only=False)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT, END))
+    return meshes.whole_weights(model)
+
+
+def by_whole_tensors(rank: int, folder: str) -> list[torch.Tensor]:
+    """Rank 0 has the whole state, as one process has it, and gives each rank its part."""
+    warnings.simplefilter("ignore")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT))
+    gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(model, optimizer, options=gather)
+    assert bool(state) == (rank == 0)
+    if rank == 0:
+        torch.save([weights, state], f"{folder}/whole.pt")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=spread)
+    set_optimizer_state_dict(model, optimizer, state, options=spread)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT, END))
+    return meshes.whole_weights(model)
+
+
+def by_flat_names(rank: int, folder: str) -> list[torch.Tensor]:
+    warnings.simplefilter("ignore")
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT))
+    weights = [shards.local_of(param.detach()).clone() for param in model.parameters()]
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    dcp.save(state, checkpoint_id=folder)
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    with torch.no_grad():
+        for param, held in zip(model.parameters(), weights, strict=True):
+            shards.local_of(param).copy_(held)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(model, optimizer, state, options=flat)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT, END))
+    return meshes.whole_weights(model)
+
+
+@pytest.mark.parametrize("way", [by_torch_save, by_whole_tensors, by_flat_names])
+def test_other_ways_to_save(way: Any, never_stopped: list[Any], tmp_path: Path) -> None:
+    for weights in on_ranks(2, way, str(tmp_path)):
+        assert all(map(torch.equal, weights, never_stopped[0][1]))
+
+
+def test_a_whole_state_is_that_of_one_process(tmp_path: Path) -> None:
+    on_ranks(2, by_whole_tensors, str(tmp_path))
+    _, state = torch.load(tmp_path / "whole.pt", weights_only=False)
+    model, optimizer = made("one", SETTINGS[0], seed=5)
+    meshes.train_exactly(model, optimizer, "one", range(SAVED_AT))
+    own = get_optimizer_state_dict(model, optimizer)
+    torch.testing.assert_close(state["state"], own["state"], rtol=0, atol=0)
+    assert state["param_groups"] == own["param_groups"]
+
+
+def pieces_of_state(rank: int) -> dict[str, int]:
+    """Bytes on a rank, and what is in the state dict, of ours and of AdamW's."""
+    warnings.simplefilter("ignore")
+    sizes = {}
+    for name in ("adamw", "ours"):
+        model: Any = torch.nn.Module()
+        model.blocks = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(2)))
+        model.forward = model.blocks.forward
+        model = meshes.fsdp(model)
+        optimizer = torch.optim.AdamW(model.named_parameters())
+        if name == "ours":
+            optimizer = meshes.wrap(model, mask_prob=0.9, exclude=())
+        model(torch.ones(1, 300)).sum().backward()
+        optimizer.step()
+        state = optimizer.state_dict()
+        sizes[name] = 0
+        for entry in state["state"].values():
+            for item in [*entry.values(), *entry.get("gmixout", {}).values()]:
+                if isinstance(item, torch.Tensor):
+                    assert item.ndim == 0 or shards.is_shard(item)
+                    sizes[name] += shards.local_of(item).nbytes
+    return sizes
+
+
+def test_a_checkpoint_holds_less_than_a_sixth_on_each_rank() -> None:
+    for sizes in on_ranks(2, pieces_of_state):
+        assert sizes["ours"] <= 0.152 * sizes["adamw"]
+
+
+# Calls that all ranks have to make
+
+
+def state_dict_alone(rank: int) -> str:
+    warnings.simplefilter("ignore")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    meshes.train_exactly(model, optimizer, "fsdp", range(1))
+    message = ""
+    store: Any = dist.distributed_c10d._get_default_store()
+    if rank == 1:  # busy with something else
+        store.wait(["error"], timedelta(seconds=30))
+    else:
+        warned = pytest.warns(UserWarning, match=r"state_dict\(\) is waiting for ranks 1")
+        with warned, pytest.raises(RuntimeError) as error:
+            optimizer.state_dict()
+        message = str(error.value)
+        store.set("error", "")
+    first = optimizer.state_dict()  # together it works, also after that
+    second = optimizer.state_dict()
+    for one, other in zip(first["state"].values(), second["state"].values(), strict=True):
+        assert torch.equal(one["exp_avg"]._local_tensor, other["exp_avg"]._local_tensor)
+    return message
+
+
+def test_a_state_dict_of_one_rank_alone_is_an_error_and_no_hang() -> None:
+    message, _ = on_ranks(2, state_dict_alone, timeout=3)
+    assert "state_dict() is a collective call" in message
+    assert "ranks 1 have not called it" in message
+
+
+def first_steps_of_dcp(rank: int) -> None:
+    """Fewer rows than ranks: what one rank has of a gradient can be empty, or all zeros."""
+    warnings.simplefilter("ignore")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    get_optimizer_state_dict(model, optimizer)
+    assert (optimizer.episode, optimizer.steps_in_episode) == (0, 0)
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    if rank == 1:  # a gradient that rank 0 has nothing of
+        shards.local_of(next(model.parameters()).grad).fill_(1.0)
+    optimizer.step()
+    assert optimizer.steps_in_episode == 1
+
+
+def test_a_step_that_only_creates_state_is_one_on_all_ranks() -> None:
+    on_ranks(2, first_steps_of_dcp)
+
+
+def state_of_empty_pieces(rank: int) -> list[Any]:
+    warnings.simplefilter("ignore")
+    model, optimizer = made("fsdp", dict(granularity="row"), seed=5)
+    meshes.train_exactly(model, optimizer, "fsdp", range(4))
+    state = optimizer.state_dict()["state"]
+    assert any(not shards.local_of(param).numel() for param in model.parameters()) == (rank == 3)
+    return [
+        (number, sorted(entry), sorted(entry.get("gmixout", {}))) for number, entry in state.items()
+    ]
+
+
+def test_ranks_with_empty_pieces_have_the_same_keys() -> None:
+    first, *others = on_ranks(4, state_of_empty_pieces)
+    assert first
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("sampler", ["stratified", "bernoulli"])
+def test_packed_vectors_have_one_size_in_all_episodes(sampler: Any) -> None:
+    """torch.distributed.checkpoint loads into those of a fresh optimizer."""
+    model = meshes.net()
+    optimizer = meshes.wrap(model, sampler=sampler)
+    sizes = set()
+    for step in range(12):
+        meshes.train(model, optimizer, "one", range(step, step + 1))
+        state = optimizer.state_dict()["state"]
+        shapes = [
+            (entry["exp_avg"].shape, entry["gmixout"]["anchor"].shape)
+            for entry in state.values()
+            if "gmixout" in entry
+        ]
+        sizes.add(tuple(shapes))
+    assert len(sizes) == 1
