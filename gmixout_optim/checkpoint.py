@@ -89,33 +89,11 @@ def _joined_slot(layout: Layout, member: Member) -> dict[str, Tensor]:
     return kept
 
 
-def _parted(
-    layout: Layout, member: Member, index: Tensor, entry: dict[str, Any], run: dict[str, Any]
-) -> dict[str, Any]:
-    """A member's entry with what this rank has of its tensors.
-
-    Those that are of other sizes stay as they are, for checks to refuse.
-    """
-    cells, slot = member.cells, entry[KEY]
-
-    def part(item: Any, whole: bool) -> Any:
-        if not isinstance(item, Tensor):
-            return item
-        if whole or item.ndim != 1:
-            return local_of(placed_like(item, cells.param)) if item.shape == cells.form[1] else item
-        part = cells.parted(item, index, run["seed"], run["episode"])
-        return item if part is None else part
-
-    def is_packed(key: str) -> bool:
-        return run["layout"] == "packed" and is_own(layout.base, key) and key not in SHARED_KEYS
-
-    state = {
-        key: part(item, whole=False) if is_packed(key) else item
-        for key, item in entry.items()
-        if key != KEY
-    }
-    kept = {name: part(item, is_whole(layout.residual, name)) for name, item in slot.items()}
-    return {**state, KEY: kept}
+def _held(tensor: Any, param: Tensor) -> Any:
+    """A tensor of the shape of a parameter, in its pieces; anything else as it is."""
+    is_whole = isinstance(tensor, Tensor) and tensor.shape == param.shape
+    spread = is_whole and (is_shard(tensor) or is_shard(param))
+    return placed_like(tensor, param) if spread else tensor
 
 
 def take_state_dict(layout: Layout, given: Any) -> None:
@@ -155,7 +133,7 @@ def take_state_dict(layout: Layout, given: Any) -> None:
     run.go_on_from(groups[0][KEY])
     layout.forget()
     for member in layout.members:
-        member.slot = slots.get(member)
+        member.slot = slots.get(member.param)
 
 
 def _replace(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
@@ -257,9 +235,9 @@ def _kind(value: Any) -> type:
 
 def _checked_state(
     entries: dict[Any, Any], groups: Groups, layout: Layout
-) -> tuple[dict[Any, Any], dict[Member, Slot]]:
-    """Copies of the saved state, keyed by parameter, and the slots of mixed tensors."""
-    base, members, run = layout.base, layout.members, groups[0][KEY]
+) -> tuple[dict[Any, Any], dict[Tensor, Slot]]:
+    """Copies of the saved state, and the slots of mixed tensors, by parameter."""
+    base, run = layout.base, groups[0][KEY]
     numbers = [number for group in groups for number in group["params"]]
     owners = {
         number: (name_of(group, place, number), group, param)
@@ -268,36 +246,16 @@ def _checked_state(
         )
     }
     _check_keys(base, entries, owners)
-    is_packed = run["layout"] == "packed"
     state: dict[Any, Any] = {}
-    slots: dict[Member, Slot] = {}
+    slots: dict[Tensor, Slot] = {}
     for number, entry in entries.items():
         if number not in owners:
             state[number] = deepcopy(entry)
             continue
         name, group, param = owners[number]
-        if not isinstance(entry, dict):
-            raise ValueError(f"the state of {name} in state_dict is no dict: it is damaged")
-        member, shape = members.get(param), param.shape
-        if not isinstance(entry.get(KEY, {}), dict):
-            raise ValueError(f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged")
-        was_mixed = KEY in entry and entry[KEY].get("mixed") != 0
-        if was_mixed and member is None:
-            raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
-        if is_packed and member is not None and not was_mixed:
-            raise ValueError(f"{name} is mixed here and was not in the run that was saved")
-        if member is not None and was_mixed and entry[KEY].get("trained") != 0:
-            _check_number(member, entry[KEY], name)
-            index = member.cells.draw(run["seed"], run["episode"])
-            entry = _parted(layout, member, index, entry, run)
-            kept = _kept_up_to_date(layout, member, index, entry[KEY], run)
-            slot = slots[member] = layout.residual.restored(member, index, kept)
-            shape = slot.anchor.shape if is_packed else shape
-        of_base = {
-            key: _fitting_state(base, group, name, key, value, param, shape)
-            for key, value in entry.items()
-            if key != KEY
-        }
+        of_base, slot = _checked_entry(layout, name, group, param, entry, run)
+        if slot is not None:
+            slots[param] = slot
         if of_base:
             state[param] = of_base
     if run.get("trained") != len(slots):
@@ -306,6 +264,60 @@ def _checked_state(
             f"{run.get('trained')}: it is damaged. A run that starts anew loads no state dict"
         )
     return state, slots
+
+
+def _checked_entry(
+    layout: Layout, name: str, group: dict[str, Any], param: Tensor, entry: Any, run: dict[str, Any]
+) -> tuple[dict[str, Any], Slot | None]:
+    """The base's state of a parameter, and its slot, where it was trained as a mixed one."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"the state of {name} in state_dict is no dict: it is damaged")
+    kept = entry.get(KEY, {"mixed": 0})
+    if not isinstance(kept, dict):
+        raise ValueError(f"the {KEY!r} entry of {name} in state_dict is no dict: it is damaged")
+    base, member = layout.base, layout.members.get(param)
+    was_mixed, is_packed = kept.get("mixed") != 0, run["layout"] == "packed"
+    if was_mixed and member is None:
+        raise ValueError(f"{name} was mixed in the run that was saved and is not mixed here")
+    if is_packed and member is not None and not was_mixed:
+        raise ValueError(f"{name} is mixed here and was not in the run that was saved")
+    slot, shape = None, param.shape
+    packed: dict[str, Any] = {}
+    if member is not None and was_mixed and kept.get("trained") != 0:
+        _check_number(member, kept, name)
+        index = member.cells.draw(run["seed"], run["episode"])
+
+        def part(vector: Any) -> Any:
+            """What this rank has of a packed vector; anything else is left for checks to refuse."""
+            if not isinstance(vector, Tensor):
+                return vector
+            part = member.cells.parted(vector, index, run["seed"], run["episode"])
+            return vector if part is None else part
+
+        kept = {
+            key: local_of(_held(item, param)) if is_whole(layout.residual, key) else part(item)
+            for key, item in kept.items()
+        }
+        kept = _kept_up_to_date(layout, member, index, kept, run)
+        slot = layout.residual.restored(member, index, kept)
+        if is_packed:
+            shape = slot.anchor.shape
+            keys = [key for key in entry if is_own(base, key) and key not in SHARED_KEYS]
+            packed = {key: part(entry[key]) for key in keys}
+    of_base = {
+        key: _fitting_state(
+            base,
+            group,
+            name,
+            key,
+            packed[key] if key in packed else _held(value, param),
+            param,
+            shape,
+        )
+        for key, value in entry.items()
+        if key != KEY
+    }
+    return of_base, slot
 
 
 def _check_number(member: Member, saved: dict[str, Any], name: str) -> None:
@@ -357,8 +369,6 @@ def _fitting_state(
     """A copy of one entry of the base's state where the base keeps it."""
     if not isinstance(value, Tensor):
         return deepcopy(value)
-    if value.shape == param.shape and (is_shard(value) or is_shard(param)) and shape == param.shape:
-        return placed_like(value, param)
     is_packable = type(base) in ELEMENTWISE and is_own(base, key)
     if is_packable and value.ndim > 0 and value.shape != shape:
         raise ValueError(

@@ -12,6 +12,7 @@ from gmixout_optim.layout import Layout
 from gmixout_optim.members import Member, name_of, parameters
 from gmixout_optim.on_host import numbers_of
 from gmixout_optim.settings import KEY
+from gmixout_optim.shards import local_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class TensorReport:
     Attributes:
         name: its name, or its number.
         shape: its shape.
+        held: how many of its weights this rank holds; all of them where it is in no pieces.
         group: number of its parameter group.
         mixed: whether it is mixed.
         note: why it is not, or what is particular.
@@ -37,6 +39,7 @@ class TensorReport:
 
     name: str
     shape: tuple[int, ...]
+    held: int
     group: int
     mixed: bool
     note: str
@@ -58,6 +61,8 @@ class TensorReport:
 @dataclass(frozen=True)
 class Report:
     """What :meth:`GMixoutOptimizer.report` returns; ``print`` shows a table.
+
+    Where parameters are in pieces on several ranks, bytes and drifts are those of this rank.
 
     Attributes:
         is_live: whether the model holds live weights of an unfinished episode, which are not those
@@ -84,6 +89,7 @@ class Report:
     def __str__(self) -> str:
         mixed = [tensor for tensor in self.tensors if tensor.mixed]
         weights = sum(torch.Size(tensor.shape).numel() for tensor in self.tensors)
+        held = sum(tensor.held for tensor in self.tensors)
         covered = sum(torch.Size(tensor.shape).numel() for tensor in mixed)
         columns = ["parameter", "group", "shape", "mixed", "density", "width", "drift", "gradient"]
         rows: list[tuple[str, ...]] = [(*columns, "bytes", "note")]
@@ -109,7 +115,8 @@ class Report:
                 f"{part} {self.total(part + '_bytes'):,}"
                 for part in ("state", "value", "anchor", "index")
             )
-            + f"; {self.total('bytes') / max(1, weights):.2f} per weight",
+            + f"; {self.total('bytes') / max(1, held):.2f} per weight"
+            + ("" if held == weights else f" of the {held:,} on this rank"),
         ]
         return "\n".join(lines)
 
@@ -154,6 +161,7 @@ def _report_on(
     return TensorReport(
         name=name,
         shape=tuple(param.shape),
+        held=local_of(param).numel(),
         group=group_number,
         mixed=member is not None,
         note=_note(layout, group, place, member),

@@ -37,7 +37,7 @@ GradLayout = Literal["dense", "packed", "active"]
 KEY = "gmixout"
 
 # Version of the state dict's format.
-VERSION = 5
+VERSION = 6
 
 # What says how far a run is; its other settings must agree with those of a state dict.
 COUNTERS = ("seed", "episode", "steps_in_episode")
@@ -389,7 +389,8 @@ def check_saved_run(saved: dict[str, Any], run: Run, where: str) -> None:
             )
 
 
-# What each version of the format added, with the value that runs saved before it had.
+# What each version of the format added, with the value that runs saved before it had. Version 5
+# changed what the dense layout keeps, 6 gave vectors of Bernoulli sets one size in all episodes.
 _ADDED: dict[int, dict[str, Any]] = {
     2: {"stochastic_rounding": False},
     3: {"lr_scale": 1.0},
@@ -399,11 +400,11 @@ _ADDED: dict[int, dict[str, Any]] = {
 
 def up_to_date(run: dict[str, Any]) -> dict[str, Any]:
     """What a state dict says of its run, in the present format."""
-    version = run.get("version")
-    if version not in (1, 2, 3, 4):
+    version: Any = run.get("version")
+    if version not in range(1, VERSION):
         return run
-    for newer in range(version + 1, 5):
-        run = {**run, **_ADDED[newer]}
+    for newer in range(version + 1, VERSION + 1):
+        run = {**run, **_ADDED.get(newer, {})}
     if run.get("carry_state"):
         raise ValueError(
             "state_dict was saved with carry_state=True, which is no longer there: it gained "
@@ -411,4 +412,4 @@ def up_to_date(run: dict[str, Any]) -> dict[str, Any]:
             "with the version of the library that began it, or start a new one from its weights"
         )
     lr_scale = run.get("lr_scale")
-    return {**run, "version": 5, "lr_scale": "auto" if lr_scale is None else lr_scale}
+    return {**run, "version": VERSION, "lr_scale": "auto" if lr_scale is None else lr_scale}

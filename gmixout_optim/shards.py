@@ -224,14 +224,12 @@ def _is_cut(placement: Any) -> bool:
     return not placement.is_replicate()
 
 
-def reshard(params: Iterable[Tensor]) -> None:
+def reshard() -> None:
     """Have FSDP2 gather the weights again before the next forward pass.
 
     A module may keep whole weights from one forward pass to the next, which do not follow what is
     written to the pieces.
     """
-    if not any(map(is_shard, params)):
-        return
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
