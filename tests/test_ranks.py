@@ -37,13 +37,10 @@ SETTINGS: list[dict[str, Any]] = [
     dict(granularity="element"),
     dict(granularity="element", sampler="bernoulli", rescale=True),
     dict(granularity=3, grad_layout="packed"),
-    dict(granularity=3, residual="persistent"),
     dict(granularity="column", grad_layout="packed", sampler="bernoulli"),
     dict(granularity="column", layout="dense"),
     dict(granularity="row", sampler="bernoulli", residual="persistent"),
-    dict(granularity="row", layout="dense"),
     dict(base=partial(torch.optim.SGD, momentum=0.9), granularity="row"),
-    dict(base=torch.optim.RMSprop, granularity=3),
 ]
 
 # ... and these to the last bit, since gradients are exact.

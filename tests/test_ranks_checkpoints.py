@@ -34,7 +34,7 @@ SETTINGS: list[dict[str, Any]] = [
     dict(granularity="element"),
     dict(granularity="column", sampler="bernoulli"),
     dict(granularity=5, rescale=True),
-    dict(granularity="row", layout="dense"),
+    dict(granularity="row", layout="dense", sampler="bernoulli"),
     dict(granularity="row", residual="persistent"),
     dict(granularity="element", dtype=torch.bfloat16, stochastic_rounding=True),
     dict(granularity="column", base=partial(torch.optim.SGD, foreach=False)),
@@ -51,21 +51,26 @@ def made(spread: str, settings: dict[str, Any], seed: int) -> tuple[Any, Any]:
 
 def saved(rank: int, spread: str, folder: str) -> None:
     warnings.simplefilter("ignore")
+    states = {}
     for place, settings in enumerate(SETTINGS):
         model, optimizer = made(spread, settings, seed=5)
         meshes.train_exactly(model, optimizer, spread, range(SAVED_AT))
-        weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{place}")
+        states[str(place)] = get_state_dict(model, optimizer)
+    dcp.save(by_name(states), checkpoint_id=folder)
+
+
+def by_name(states: dict[str, Any]) -> dict[str, Any]:
+    return {key: {"model": model, "optimizer": state} for key, (model, state) in states.items()}
 
 
 def gone_on(rank: int, spread: str, folder: str) -> list[Any]:
     warnings.simplefilter("ignore")
+    fresh = [made(spread, settings, seed=9) for settings in SETTINGS]  # until it is loaded
+    states = {str(place): get_state_dict(*pair) for place, pair in enumerate(fresh)}
+    assert all(optimizer.steps_in_episode == 0 for _, optimizer in fresh)
+    dcp.load(by_name(states), checkpoint_id=folder)
     ends = []
-    for place, settings in enumerate(SETTINGS):
-        model, optimizer = made(spread, settings, seed=9)  # another, until it is loaded
-        weights, state = get_state_dict(model, optimizer)
-        assert optimizer.steps_in_episode == 0
-        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{place}")
+    for (model, optimizer), (weights, state) in zip(fresh, states.values(), strict=True):
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         meshes.train_exactly(model, optimizer, spread, range(SAVED_AT, END))
         ends.append((meshes.whole_masks(optimizer), meshes.whole_weights(model)))
