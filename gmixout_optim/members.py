@@ -387,6 +387,55 @@ class Members:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_is_holding": False, "was_holding": self._is_holding}
 
+    def replaced(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
+        """Parameters in whose places others of the same shapes are, and these others.
+
+        Accelerate puts them there, after ``fully_shard()`` has replaced the parameters of the
+        model. Empty where :meth:`follow` cannot take them, which :meth:`bind` refuses.
+        """
+        changed: dict[Tensor, Tensor] = {}
+        for group, (_, params, _) in zip(groups, self._groups, strict=False):
+            shown = group["params"]
+            if len(shown) != len(params):
+                return {}
+            if all(map(is_, shown, params)):
+                continue
+            for param, other in zip(params, shown, strict=True):
+                if changed.setdefault(param, other) is not other:
+                    return {}
+        changed = {param: other for param, other in changed.items() if param is not other}
+        if not changed:
+            return {}
+        for param, other in changed.items():
+            if not isinstance(other, Tensor) or other.shape != param.shape:
+                return {}
+        return {} if self.trained() else changed
+
+    def follow(self, replaced: dict[Tensor, Tensor]) -> None:
+        """Mix parameters that took the places of others, which were never trained.
+
+        Raises:
+            TypeError, ValueError: one of them cannot be mixed. Nothing has changed.
+        """
+        followed: dict[Tensor, Member] = {}
+        for param, member in self._of.items():
+            other = replaced.get(param, param)
+            if other is not param:
+                _check_parameter(member.name, other)
+                if other.requires_grad and self._is_holding:
+                    self._check_free(member.name, other)
+                old = member.cells
+                cells = Cells(other, old.number, old.granularity, old.mask_prob, old.sampler)
+                member = replace(member, cells=cells, packs_gradients=False)
+            followed[other] = member
+        was_holding = self._is_holding
+        self.release()
+        self._of = followed
+        if was_holding:
+            self.hold()
+        for _, params, _ in self._groups:
+            params[:] = [replaced.get(param, param) for param in params]
+
     def bind(self, groups: Sequence[dict[str, Any]]) -> None:
         """Follow groups that were replaced by others with the same parameters, place by place.
 
@@ -405,9 +454,6 @@ class Members:
         for number, (group, known) in enumerate(zip(groups, self._groups, strict=True)):
             old, params, names = known
             shown = group["params"]
-            if not all(map(is_, shown, params)) and self._may_follow(shown, params):
-                self._follow(shown, params)
-                params[:] = shown
             if len(shown) != len(params) or not all(map(is_, shown, params)):
                 kept = {id(param) for param in shown}
                 known_by = zip(names, params, strict=True)
@@ -422,37 +468,8 @@ class Members:
                     if member.group is old:
                         member.group = group
 
-    def _may_follow(self, shown: Sequence[Any], params: Sequence[Tensor]) -> bool:
-        """Whether other parameters, of the same shapes, took the places of those of a group.
-
-        Accelerate does so, after ``fully_shard()`` has replaced the parameters of the model.
-        """
-        return (
-            len(shown) == len(params)
-            and all(isinstance(param, Tensor) for param in shown)
-            and [param.shape for param in shown] == [param.shape for param in params]
-            and not self.trained()
-        )
-
-    def _follow(self, shown: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        """Mix parameters that took the places of others."""
-        replaced = dict(zip(params, shown, strict=True))
-        followed: dict[Tensor, Member] = {}
-        for param, member in self._of.items():
-            if replaced.get(param, param) is not param:
-                param = replaced[param]
-                _check_parameter(member.name, param)
-                old = member.cells
-                cells = Cells(param, old.number, old.granularity, old.mask_prob, old.sampler)
-                member = replace(member, cells=cells, packs_gradients=False)
-            followed[param] = member
-        self.release()
-        self._of = followed
-        self.hold()
-
     def check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Raise where a group's fixed settings changed, or its ``anchor_decay`` is impossible."""
-        self.bind(groups)
         for group in groups:
             check_anchor_decay(group["anchor_decay"])
         for member in {id(member.group): member for member in self}.values():

@@ -239,7 +239,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         (with the persistent residual it keeps its state).
         """
         self._refuse_while_evaluating("resync()")
-        self._members.check_groups(self.param_groups)
+        self._check_groups()
         self._members.hold()
         with self._working_in_base():
             self._layout.reanchor()
@@ -258,7 +258,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         self._refuse_in_step("consolidate()")
         if self._open_blocks:
             self._refuse_while_evaluating("consolidate()")
-        self._members.check_groups(self.param_groups)
+        self._check_groups()
         self.train()
         left: list[Member] = []
         if self._run.residual == "persistent":
@@ -301,7 +301,7 @@ class GMixoutOptimizer(WrappingOptimizer):
         has been called.
         """
         self._refuse_in_step("eval()")
-        self._members.check_groups(self.param_groups)
+        self._check_groups()
         if not self._layout.shows_deployed:  # nor after consolidate(), with the persistent residual
             left = self._layout.show_deployed()
             self._run.evaluating = True

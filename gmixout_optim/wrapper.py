@@ -119,6 +119,7 @@ class WrappingOptimizer(Optimizer):
         added = groups[self._members.group_count :]
         mixed = self._checked(added)
         self.base.param_groups = groups
+        self._follow()
         self._adopt(added, mixed)
 
     @property
@@ -175,6 +176,7 @@ class WrappingOptimizer(Optimizer):
     @eagerly
     def report(self) -> Report:
         """What is mixed, or why not, how far it has moved, and its bytes; prints as a table."""
+        self._bind()
         return make_report(self._layout)
 
     def register_resample_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
@@ -205,6 +207,7 @@ class WrappingOptimizer(Optimizer):
         Returns:
             the norm before clipping, a 0-d tensor.
         """
+        self._bind()
         every = dict.fromkeys(param for _, _, _, param in parameters(self.param_groups))
         params = [param for param in every if param.grad is not None]
         used = []
@@ -221,9 +224,16 @@ class WrappingOptimizer(Optimizer):
             clip_grads_with_norm_(some, max_norm, norm)
         return norm
 
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Give up the gradients of all parameters, or fill them with zeros."""
+        self._bind()
+        super().zero_grad(set_to_none)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; it may set group keys."""
         self._refuse_in_step("add_param_group()")
+        self._bind()
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         params = param_group["params"]
@@ -255,7 +265,7 @@ class WrappingOptimizer(Optimizer):
             RuntimeError: some of these ranks do not call it, within the process group's timeout.
         """
         self._refuse_in_step("state_dict()")
-        self._members.bind(self.param_groups)
+        self._bind()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         ranks.wait_for_all((m.param for m in self._members.trained()), "state_dict()")
@@ -277,7 +287,7 @@ class WrappingOptimizer(Optimizer):
                 damaged; the message says what differs, and nothing has changed.
         """
         self._refuse_in_step("load_state_dict()")
-        self._members.bind(self.param_groups)
+        self._bind()
         if isinstance(state_dict, dict):
             state_dict = dict(state_dict)
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -339,6 +349,26 @@ class WrappingOptimizer(Optimizer):
                 if key not in ("params", "param_names", settings.KEY)
             ]
         return "\n".join([*lines, ")"])
+
+    def _bind(self) -> None:
+        """Know the groups and parameters that took the places of others, or raise."""
+        if not self._is_busy:  # else the base is shown others
+            self._follow()
+            self._members.bind(self.param_groups)
+
+    def _check_groups(self) -> None:
+        self._bind()
+        self._members.check_groups(self.param_groups)
+
+    def _follow(self) -> None:
+        """Mix the parameters that took the places of others."""
+        replaced = self._members.replaced(self.param_groups)
+        if not replaced:
+            return
+        self._members.follow(replaced)
+        for param in replaced:
+            give_up_gradients(param)
+        self._take_gradients()
 
     def _checked(self, added: Sequence[dict[str, Any]]) -> list[Member]:
         """The members in groups that are to be added. Nothing is changed."""
@@ -426,7 +456,7 @@ class WrappingOptimizer(Optimizer):
                 "warm-up and its index sets come from the host, and a replay would repeat those of "
                 "this step for ever; capture forward and backward alone"
             )
-        self._members.check_groups(self.param_groups)
+        self._check_groups()
         self._members.hold()
         if not self._has_met:
             params = [param for group in self.param_groups for param in group["params"]]
@@ -455,6 +485,7 @@ class WrappingOptimizer(Optimizer):
         )
 
     def _member_of(self, param: Tensor) -> Member | None:
+        self._bind()
         if not isinstance(param, Tensor):
             raise TypeError(f"param must be one of the optimizer's parameters, got {param!r}")
         if not any(param is known for group in self.param_groups for known in group["params"]):
