@@ -406,9 +406,12 @@ class Members:
         changed = {param: other for param, other in changed.items() if param is not other}
         if not changed:
             return {}
+        taken = {id(param) for _, params, _ in self._groups for param in params}
         for param, other in changed.items():
-            if not isinstance(other, Tensor) or other.shape != param.shape:
+            is_new = isinstance(other, Tensor) and id(other) not in taken
+            if not is_new or other.shape != param.shape:
                 return {}
+            taken.add(id(other))
         return {} if self.trained() else changed
 
     def follow(self, replaced: dict[Tensor, Tensor]) -> None:
@@ -455,11 +458,8 @@ class Members:
             old, params, names = known
             shown = group["params"]
             if len(shown) != len(params) or not all(map(is_, shown, params)):
-                kept = {id(param) for param in shown}
-                known_by = zip(names, params, strict=True)
-                lost = [name for name, param in known_by if id(param) not in kept]
-                what = f"lost {lost[0]}" if lost else "got or moved parameters"
-                raise RuntimeError(f"parameter group {number} {what} by hand: {advice}")
+                what = _what_changed(shown, params, names)
+                raise RuntimeError(f"parameter group {number} {what}: {advice}")
             if group is not old:
                 own = check_group_keys({**self.defaults, **check_group_keys(old), **group})
                 group.update({**own, KEY: self.run.shown})
@@ -481,6 +481,23 @@ class Members:
                     f"{member.name} differ from the {cells.mask_prob!r} and {cells.granularity!r} "
                     "that it was wrapped with: they are fixed; wrap a new base to change them"
                 )
+
+
+def _what_changed(shown: Sequence[Any], params: Sequence[Tensor], names: Sequence[str]) -> str:
+    """How a group's parameters differ from those that it had."""
+    kept = set(map(id, shown))
+    lost = [place for place, param in enumerate(params) if id(param) not in kept]
+    if not lost:
+        return "got or moved parameters by hand"
+    name, shape = names[lost[0]], tuple(params[lost[0]].shape)
+    if len(shown) != len(params):
+        return f"lost {name} by hand"
+    return (
+        f"lost {name} by hand, in whose place is another tensor. Parameters can take the places of "
+        f"others (here of shape {shape}) before the first step alone, all of them, and of the same "
+        "shapes, as accelerator.prepare() leaves them; at other times build a new base and "
+        "GMixoutOptimizer from them, and load the state_dict() of this one. Otherwise"
+    )
 
 
 def _check_parameter(name: str, param: Tensor) -> None:

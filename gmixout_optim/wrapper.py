@@ -361,10 +361,12 @@ class WrappingOptimizer(Optimizer):
         self._members.check_groups(self.param_groups)
 
     def _follow(self) -> None:
-        """Mix the parameters that took the places of others."""
+        """Mix the parameters that took the places of others, unless the base trained these."""
         replaced = self._members.replaced(self.param_groups)
-        if not replaced:
+        if not replaced or any(param in self.base.state for param in replaced):
             return
+        mixed = [replaced.get(member.param, member.param) for member in self._members]
+        settings.resolve_layout(self.base, self._run, mixed)
         self._members.follow(replaced)
         for param in replaced:
             give_up_gradients(param)

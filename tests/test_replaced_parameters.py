@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gmixout_optim import GMixoutOptimizer
+from tests.ranks import needs_gloo
 from tests.training import assert_equal, loss_of, small_model, train, weights
 
 SETTINGS: dict[str, Any] = dict(exclude="head.*", resample_every=3, mask_prob=0.5)
@@ -147,9 +151,61 @@ def test_calls_between_are_refused_and_nothing_is_lost(way: Callable[..., None])
             model = small_model()
             way(optimizer, [torch.empty(1) for _ in model.parameters()])
             for call in STAND_IN_CALLS.values():
-                with pytest.raises(RuntimeError, match=r"lost body.weight by hand"):
+                with pytest.raises(
+                    RuntimeError, match=r"lost body.weight by hand.*another tensor.*\(8, 6\)"
+                ):
                     call(optimizer)
             way(optimizer, list(model.parameters()))
         train(model, optimizer, range(5))
         runs.append((weights(model), optimizer.state_dict()))
     assert_equal(*runs)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(mask_prob=0.0)], ids=["mixed", "unmixed"])
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_replaced_after_a_step_are_refused(
+    way: Callable[..., None], settings: dict[str, Any]
+) -> None:
+    model = small_model()
+    optimizer = wrapped(model, **settings)
+    train(model, optimizer, range(1))
+    old = list(model.parameters())
+    state = optimizer.state_dict()
+    new = small_model()
+    way(optimizer, list(new.parameters()))
+    before = weights(new)
+    loss_of(new, 0).backward()
+    for call in (optimizer.step, optimizer.state_dict, optimizer.zero_grad):
+        with pytest.raises(RuntimeError, match=r"before the first step alone.*build a new base"):
+            call()
+    assert_equal(before, weights(new))
+    way(optimizer, old)
+    assert_equal(state, optimizer.state_dict())
+
+
+def test_parameters_that_changed_places_are_refused() -> None:
+    """Patterns and masks go by places, and would be those of others."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    optimizer = wrapped(model, exclude="1.*")
+    optimizer.param_groups[0]["params"].reverse()
+    with pytest.raises(RuntimeError, match="got or moved parameters by hand"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"][:] = [nn.Parameter(torch.zeros(4, 4))] * 2
+    with pytest.raises(RuntimeError, match=r"lost 0\.weight by hand"):
+        optimizer.step()
+
+
+@needs_gloo
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_bases_that_cannot_train_dtensors_refuse_them_in_others_places(make: Any) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = small_model()
+        optimizer = wrapped(model, make=make)
+        model = fully_shard(small_model(), mesh=init_device_mesh("cpu", (1,)))
+        replace_list(optimizer, list(model.parameters()))
+        for call in (optimizer.zero_grad, optimizer.step):
+            with pytest.raises(ValueError, match="cannot train DTensors"):
+                call()
+    finally:
+        dist.destroy_process_group()
