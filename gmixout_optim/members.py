@@ -505,8 +505,8 @@ def _check_parameter(name: str, param: Tensor) -> None:
     if getattr(param, "_fsdp_flattened", False):  # with and without use_orig_params
         raise TypeError(
             f"{name} is a parameter of FullyShardedDataParallel (FSDP1), whose checkpoints "
-            "cannot hold what the wrapper keeps: give its group mask_prob=0, or use "
-            "DistributedDataParallel"
+            "cannot hold what the wrapper keeps: use fully_shard() (FSDP2) or "
+            "DistributedDataParallel, or give its group mask_prob=0"
         )
     reason = why_unusable(param)
     if reason:

@@ -45,8 +45,8 @@ class GMixoutOptimizer(WrappingOptimizer):
     the next step works on.
 
     Args:
-        base (Optimizer): the optimizer that does the steps, already holding the model's parameters.
-            Its groups and its state are shared: a scheduler may hold either optimizer.
+        base (Optimizer): the optimizer that does the steps, already holding the model's parameters,
+            after ``fully_shard()``. It shares groups and state: a scheduler may hold either one.
         mask_prob (float): p, the probability in [0, 1) that a weight sits at its anchor. A group
             with the key ``mask_prob`` has its own; with 0 its parameters are not mixed, and the
             base trains them as ever (default: 0.9)
@@ -100,8 +100,8 @@ class GMixoutOptimizer(WrappingOptimizer):
         seed (int): selects the index sets and the random bits of rounding, in [0, 2**63) (default:
             0)
         compile (bool or "auto"): run the packed step and the redraw as code fused by
-            :func:`torch.compile`. ``"auto"``: on for CUDA parameters, off otherwise (default:
-            "auto")
+            :func:`torch.compile`. ``"auto"``: on for CUDA parameters, off otherwise; DTensors step
+            eagerly (default: "auto")
 
     Raises:
         TypeError: ``base`` is not an optimizer or is a GMixoutOptimizer, or an argument has the

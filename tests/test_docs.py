@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import gmixout_optim
@@ -36,9 +38,21 @@ def names_a_reader_has() -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group, as torchrun's script has one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name == "distributed.md":
+        request.getfixturevalue("one_rank")
     names = names_a_reader_has()
     for code in blocks(page):
         exec(compile(code, str(page), "exec"), names)
