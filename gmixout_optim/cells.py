@@ -27,6 +27,7 @@ from gmixout_optim.index_sets import (
     episode_key,
     runs_of_block,
     strata,
+    stratified_ordinals,
 )
 from gmixout_optim.rounding import NARROW
 from gmixout_optim.shards import Piece, is_shard, local_of
@@ -508,12 +509,17 @@ class Cells:
     def _places(self, index: Tensor, seed: int, episode: int) -> tuple[Tensor, int]:
         """Where the elements of an index lie in the packed vector of the whole parameter, int64,
         and the size of that."""
-        whole = self._draw_whole(seed, episode)
         number = self.grid.numbers_at(index)
         outer, cells, inner = self.whole
-        ordinal = torch.searchsorted(whole, (number // inner % cells).to(torch.int32))
-        row = number // (cells * inner) * whole.shape[0] + ordinal
-        return row * inner + number % inner, whole.shape[0] * outer * inner
+        cell, density = number // inner % cells, 1 - self.mask_prob
+        if self.sampler == "stratified":
+            count = active_count(cells, density)
+            ordinal = stratified_ordinals(cell, cells, density, seed, self.number, episode)
+        else:
+            whole = self._draw_whole(seed, episode)
+            count, ordinal = whole.shape[0], torch.searchsorted(whole, cell.to(torch.int32))
+        row = number // (cells * inner) * count + ordinal
+        return row * inner + number % inner, count * outer * inner
 
     def mask(self, index: Tensor) -> Tensor:
         """What ``index`` addresses of what this rank holds: bool."""

@@ -252,6 +252,22 @@ def strata(
     return Strata(count, (key, first, rotation, cells, whole.size, whole.step, whole.shift))
 
 
+def stratified_ordinals(
+    cell: Tensor, cells: int, density: float, seed: int, tensor: int, episode: int
+) -> Tensor:
+    """Where active cells (int64) stand in the stratified set of the whole tensor, without drawing
+    that. The arguments are those of :func:`active_cells`."""
+    if cell.numel() == 0:  # of a tensor without cells there are no strata
+        return cell
+    key = episode_key(seed, tensor, episode)
+    whole = _Partition(cells, active_count(cells, density))
+    rotation = _rotation(key, cells)
+    first, _ = _strata_in_range(whole, key, rotation, 0, cells)
+    position = cell - rotation
+    ordinal = whole.of(torch.where(position < 0, position + cells, position)) - first
+    return torch.where(ordinal < 0, ordinal + whole.size, ordinal)
+
+
 def stratified_cells_of_many(numbers: Tensor, drawn: Tensor) -> None:
     """Write the active cells of many tensors, one after the other, into a vector.
 

@@ -29,6 +29,7 @@ from gmixout_optim.index_sets import (
     episode_key,
     strata,
     stratified_cells_of_many,
+    stratified_ordinals,
 )
 from tests.index_set_tools import (
     FEW,
@@ -51,6 +52,15 @@ def test_invariant_10_a_shard_is_exactly_its_part_of_the_whole_set(
     whole = active_cells(**request_)
     part = active_cells(**request_, start=start, stop=stop)
     assert same(part, whole[(whole >= start) & (whole < stop)])
+
+
+@given(requests(st.one_of(FEW, SOME, MANY)), st.data())
+def test_where_active_cells_stand_in_the_whole_set(request_: Request, data: st.DataObject) -> None:
+    words = {**request_, "sampler": "stratified"}
+    _, start, stop, _ = cut(data, words["cells"], 2)
+    whole, part = active_cells(**words), active_cells(**words, start=start, stop=stop)
+    del words["sampler"]
+    assert same(whole[stratified_ordinals(part.long(), **words)], part)
 
 
 @given(requests(st.integers(1, 12)))
