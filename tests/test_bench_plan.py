@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from gmixout_optim.bench.__main__ import main
-from gmixout_optim.bench.bytes import bytes_of, resume_file
+from gmixout_optim.bench.bytes import Bytes, bytes_of, resume_file, tensors_in
 from gmixout_optim.bench.models import llama_shapes, shapes_of
 from gmixout_optim.bench.models.llama import Llama, LlamaConfig, config_of
 from gmixout_optim.bench.models.mlp import MLP
@@ -28,6 +29,7 @@ from gmixout_optim.bench.subject import Setting, Subject
 from gmixout_optim.bench.traffic import step_traffic
 from gmixout_optim.cells import Cells
 from gmixout_optim.settings import KEY
+from gmixout_optim.shards import local_of
 from tests.ranks import needs_gloo, on_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -163,36 +165,89 @@ def test_network_bytes_are_those_of_a_count_by_hand(
     assert plain.network == ours.network == dtype.itemsize * sent
 
 
-def kept_by_adamw(rank: int, mesh: tuple[int, ...]) -> tuple[int, int, int]:
-    """Bytes of a rank's weights, gradients and state after a step under FSDP2, or HSDP on a mesh of
-    (replicas, shards)."""
-    torch.manual_seed(0)
-    model = Llama(LLAMA)
+CELLS = ["element", "column", "row", 16]
+EPISODES = 3
+
+
+def spread(model: nn.Module, mesh: tuple[int, ...]) -> None:
+    """FSDP2, or HSDP on a mesh of (replicas, shards)."""
     devices = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
     for module in [*model.layers, model]:
         fully_shard(module, mesh=devices)
+
+
+def kept_on(rank: int, mesh: tuple[int, ...]) -> list[Bytes]:
+    """What a rank keeps after a step: of AdamW, and of GMixout on average over episodes."""
+    return [kept_after_steps(mesh, None), *(kept_after_steps(mesh, cells) for cells in CELLS)]
+
+
+def kept_after_steps(mesh: tuple[int, ...], granularity) -> Bytes:
+    torch.manual_seed(0)
+    model = Llama(LLAMA)
+    spread(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters())
-    model.loss(*model.batch(2)).backward()
-    optimizer.step()
-    params = list(model.parameters())
-    weights = sum(param.to_local().nbytes for param in params)
-    gradients = sum(param.grad.to_local().nbytes for param in params)
-    state = [item for entry in optimizer.state.values() for item in entry.values()]
-    local = [item.to_local() if isinstance(item, DTensor) else item for item in state]
-    return weights, gradients, sum(item.nbytes for item in local)
+    if granularity is not None:
+        optimizer = Setting(0.1, granularity, "packed").wrap(optimizer, 20)
+    found = []
+    for episode in range(EPISODES if granularity else 1):
+        if episode:
+            optimizer.resample()
+        optimizer.zero_grad()
+        model.loss(*model.batch(2)).backward()
+        optimizer.step()
+        found.append(bytes_of(optimizer))
+    parts = ("weights", "gradients", "state", "masters", "anchors", "indices")
+    return Bytes(*(sum(getattr(kept, part) for kept in found) // len(found) for part in parts))
 
 
 @needs_gloo
-@pytest.mark.parametrize(("sharding", "mesh"), [("fsdp2", (3,)), ("hsdp:2", (2, 2))])
-def test_adamw_keeps_on_the_first_rank_what_was_planned(
-    sharding: str, mesh: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "mesh"), [("fsdp2", (2,)), ("fsdp2", (3,)), ("hsdp:2", (2, 2))]
+)
+def test_ranks_keep_what_was_planned(sharding: str, mesh: tuple[int, ...]) -> None:
     ranks = math.prod(mesh)
     shapes = [param.shape for param in Llama(LLAMA).parameters()]
-    (planned,) = plan(shapes, torch.float32, Sharding.of(sharding, ranks), 0.1, [])
-    first, *others = on_ranks(ranks, kept_by_adamw, mesh)
-    assert first == (planned.bytes.weights, planned.bytes.gradients, planned.bytes.state)
-    assert all(weights <= first[0] for weights, _, _ in others)
+    settings = [(cells, "packed") for cells in CELLS]
+    planned = plan(shapes, torch.float32, Sharding.of(sharding, ranks), 0.1, settings)
+    found = on_ranks(ranks, kept_on, mesh, limit=120)
+    assert found[0][0] == planned[0].bytes
+    for rank in found:
+        for cost, kept in zip(planned, rank, strict=True):
+            assert vars(kept) == pytest.approx(vars(cost.bytes), rel=0.1)
+            assert kept.weights + kept.beyond_weights <= cost.most
+
+
+def saved_by(rank: int, folder: str) -> list[int]:
+    """Bytes of a rank's state dicts, which are written to folders."""
+    found = []
+    for granularity in CELLS:
+        model = MLP(WEIGHTS)
+        spread(model, (dist.get_world_size(),))
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = Setting(0.1, granularity, "packed").wrap(optimizer, 20)
+        model.loss(*model.batch(2)).backward()
+        optimizer.step()
+        state = optimizer.state_dict()
+        found.append(sum(local_of(item).nbytes for item in tensors_in(state)))
+        dcp.save({"optimizer": state}, checkpoint_id=f"{folder}/{granularity}")
+    return found
+
+
+WEIGHTS = 2_000_000
+
+
+@needs_gloo
+def test_files_of_ranks_are_as_they_were_planned(tmp_path: Path) -> None:
+    ranks = 3
+    shapes = [param.shape for param in MLP(WEIGHTS).parameters()]
+    settings = [(cells, "packed") for cells in CELLS]
+    planned = plan(shapes, torch.float32, Sharding.of("fsdp2", ranks), 0.1, settings)[1:]
+    found = on_ranks(ranks, saved_by, str(tmp_path), limit=120)
+    for place, (cost, granularity) in enumerate(zip(planned, CELLS, strict=True)):
+        files = list((tmp_path / str(granularity)).iterdir())
+        assert sum(path.stat().st_size for path in files) == pytest.approx(cost.file, rel=0.1)
+        for rank in found:
+            assert rank[place] == pytest.approx(cost.file_share, rel=0.1)
 
 
 def test_files_of_several_ranks() -> None:
@@ -205,8 +260,19 @@ def test_files_of_several_ranks() -> None:
         assert plain.file_share == 8 * 10_100 // share + counts
         assert ours.file_share == 12 * 1010 // share + counts
         assert plain.saving == 0
-        # one vector of the largest tensor twice; or a copy of the anchors
-        assert ours.saving == (ours.file_share + 2 * 4 * 1000 if share == 2 else 4 * 1010)
+        # The first tensor's vectors, its whole index set, and 44 bytes for each of the rank's
+        # active weights; or a copy of the anchors.
+        on_shards = 12 * 500 + 4 * 1000 + 44 * 500
+        assert ours.saving == (on_shards if share == 2 else 4 * 1010)
+
+
+def test_memory_of_saving_on_many_ranks() -> None:
+    shapes, settings = [torch.Size([1000, 100])], [("element", "dense"), ("row", "dense")]
+    _, element, row = plan(shapes, torch.float32, Sharding.of("fsdp2", 250), 0.1, settings)
+    assert element.saving == 12 * 40 + 2 * 4 * 10_000  # the index set, made of parts
+    assert row.saving == 12 * 40 + 4 * 10_000 + 8 * 40  # a packed vector and places in it
+    _, _, padded = plan(shapes, torch.float32, Sharding.of("fsdp2", 7), 0.1, settings)
+    assert padded.saving == 12 * 1429 + 2 * 4 * 10_000 + 8 * 1430
 
 
 @pytest.mark.parametrize(

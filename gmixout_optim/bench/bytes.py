@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.packed_gradient import PackedGradient
+from gmixout_optim.shards import local_of
 
 
 @dataclass
@@ -43,12 +44,13 @@ class Bytes:
 
 
 def bytes_of(optimizer: Optimizer) -> Bytes:
-    """Of an optimizer that has stepped, its gradients in place."""
+    """Of an optimizer that has stepped, its gradients in place; of DTensors what this rank has."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    weights = sum(param.nbytes for param in params)
+    weights = sum(local_of(param).nbytes for param in params)
     gradients = sum(kept_gradient(param).nbytes for param in params)
     if not isinstance(optimizer, GMixoutOptimizer):
-        return Bytes(weights, gradients, sum(t.nbytes for t in tensors_in(optimizer.state)))
+        state = sum(local_of(item).nbytes for item in tensors_in(optimizer.state))
+        return Bytes(weights, gradients, state)
     report = optimizer.report()
     return Bytes(
         weights,
@@ -62,8 +64,8 @@ def bytes_of(optimizer: Optimizer) -> Bytes:
 
 def kept_gradient(param: Tensor) -> Tensor:
     """The plain tensor that a parameter's gradient is kept in."""
-    grad = param.grad
-    assert grad is not None
+    assert param.grad is not None
+    grad = local_of(param.grad)
     return grad.active if isinstance(grad, PackedGradient) else grad
 
 

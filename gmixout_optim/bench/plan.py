@@ -134,8 +134,7 @@ def _cost(
     packed = [share.packed for share in shares]
     file_share = vectors * sum(-(-count // sharding.shards) for count in packed) + counts
     if sharding.shards > 1:
-        # The state dict's own vectors, and beside them one of a whole tensor, twice.
-        saving = file_share + 2 * kept_size * max(packed)
+        saving = _saving_bytes(shares, sharding.shards, vectors, kept_size)
     else:
         saving = average.anchors + average.masters
     return Cost(
@@ -168,6 +167,26 @@ def _redraw_bytes(active: int, indices: int, size: int, kept_size: int) -> int:
     ends = 2 * kept_size + size
     begins = size + (3 + (kept_size != size)) * kept_size
     return active * (ends + begins) + 3 * indices
+
+
+# Of an active element of a rank: int64 numbers from which its place in the packed vector of the
+# whole tensor is computed, and that place.
+_PLACING, _PLACE = 44, 8
+
+
+def _saving_bytes(shares: Sequence[Share], shards: int, vectors: int, kept_size: int) -> int:
+    """The state dict's vectors grow tensor by tensor, and beside them lies what one tensor takes:
+    its whole index set, drawn or searched, or a whole packed vector, twice where it has to be
+    padded to be scattered."""
+    made = most = 0
+    for share in shares:
+        made += vectors * -(-share.packed // shards)
+        drawing = 2 * share.packed_indices
+        placing = share.packed_indices + _PLACING * share.active
+        copies = 1 if share.packed % shards == 0 else 2
+        joining = copies * kept_size * share.packed + _PLACE * share.active
+        most = max(most, made + max(drawing, placing, joining))
+    return most
 
 
 def tables(costs: Sequence[Cost], resample_every: int) -> str:
