@@ -108,14 +108,18 @@ def _instances_of(kind: type) -> list[Any]:
 def check_not_replaced(params: Iterable[Tensor]) -> None:
     """Raise where other parameters, of the same shapes, have the gradients.
 
-    ``fully_shard()`` and ``parallelize_module()`` replace the parameters of a module.
+    ``fully_shard()`` and ``parallelize_module()`` replace the parameters of a module. Those on a
+    mesh of the optimizer's own are others, which it does not train.
     """
     params = list(params)
     if any(param.grad is not None for param in params):
         return
     shapes = {param.shape for param in params}
+    meshes = {param.device_mesh for param in params if is_shard(param)}
     for other in _instances_of(Tensor):
         if not is_shard(other) or not other.is_leaf or other.grad is None:
+            continue
+        if other.device_mesh in meshes:
             continue
         if other.shape in shapes and not any(other is param for param in params):
             raise RuntimeError(
