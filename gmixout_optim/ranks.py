@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -169,6 +170,8 @@ def wait_for_all(params: Iterable[Tensor], call: str) -> None:
                 "torch.distributed.checkpoint"
             )
     _rounds[where] = number + 1
+    if number:  # all ranks have left the meeting before this one
+        _forget(store, f"{where}/{number - 1}", own, is_first=own == ranks[0])
 
 
 def _is_set(store: Any, key: str, seconds: float) -> bool:
@@ -178,6 +181,14 @@ def _is_set(store: Any, key: str, seconds: float) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _forget(store: Any, there: str, own: int, is_first: bool) -> None:
+    """Delete what a meeting left in the store, which is there for as long as the training."""
+    keys = [f"{there}/{own}", *([f"{there}/count", f"{there}/all"] if is_first else [])]
+    with suppress(RuntimeError):  # some stores cannot
+        for key in keys:
+            store.delete_key(key)
 
 
 def _missing(store: Any, here: str, ranks: list[int]) -> str:

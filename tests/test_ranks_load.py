@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -232,3 +233,23 @@ def step_without_gradients(rank: int) -> None:
 @needs_gloo
 def test_a_step_in_which_only_others_of_the_model_have_gradients() -> None:
     on_ranks(1, step_without_gradients)
+
+
+def meet_often(rank: int) -> tuple[int, int]:
+    model = fsdp(Parts().double())
+    optimizer = GMixoutOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    counts = []
+    for _ in range(4):
+        optimizer.state_dict()
+        dist.barrier()
+        counts.append(dist.distributed_c10d._get_default_store().num_keys())
+        dist.barrier()
+    return counts[1], counts[-1]
+
+
+@needs_gloo
+def test_state_dicts_leave_nothing_in_the_store() -> None:
+    for second, last in on_ranks(RANKS, meet_often):
+        assert last == second
