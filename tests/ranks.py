@@ -7,7 +7,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -29,50 +30,80 @@ _context.set_forkserver_preload(
 )
 
 
-def on_ranks(
-    size: int, work: Callable[..., Any], *args: Any, limit: float = 60, timeout: float = 60
-) -> list[Any]:
-    """Call ``work(rank, *args)`` in ``size`` processes and return what each returned.
+class Ranks:
+    """Processes that run."""
 
-    Args:
-        work: a function of a module, in which :mod:`torch.distributed` is set up with gloo.
-        limit: seconds until all processes are killed and the test fails.
-        timeout: seconds after which a collective gives up.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _context.Process(target=_run, args=(rank, size, folder, timeout, work, args))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        try:
-            ended = _wait(ranks, limit)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-        failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
-        codes = [process.exitcode for process in ranks]
+    def __init__(self, processes: list[BaseProcess], folder: str) -> None:
+        self.processes = processes
+        self.folder = Path(folder)
+
+    def wait(self, limit: float) -> bool:
+        """Whether all end within some seconds; no longer than until one of them fails."""
+        until = time.monotonic() + limit
+        running = list(self.processes)
+        while running and time.monotonic() < until:
+            wait([process.sentinel for process in running], until - time.monotonic())
+            running = [process for process in running if process.exitcode is None]
+            if any(process.exitcode for process in self.processes):
+                time.sleep(0.5)  # for what the others have to say
+                return True
+        return not running
+
+    def results(self, limit: float) -> list[Any]:
+        """What each returned. Fails the test where one fails, or is not there in time."""
+        ended = self.wait(limit)
+        self.kill()
+        failures = [path.read_text() for path in sorted(self.folder.glob("*.failed"))]
+        codes = [process.exitcode for process in self.processes]
         if failures:
             pytest.fail("\n".join(failures), pytrace=False)
         if not ended or any(codes):
             what = "died" if ended else f"were still running after {limit} s"
             pytest.fail(f"ranks {what}: exit codes {codes}", pytrace=False)
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
+        paths = [self.folder / f"{rank}.pt" for rank in range(len(codes))]
+        return [torch.load(path, weights_only=False) for path in paths]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
 
-def _wait(ranks: list[BaseProcess], limit: float) -> bool:
-    """Whether all end in time; no longer than until one of them fails."""
-    until = time.monotonic() + limit
-    running = list(ranks)
-    while running and time.monotonic() < until:
-        wait([process.sentinel for process in running], until - time.monotonic())
-        running = [process for process in running if process.exitcode is None]
-        if any(process.exitcode for process in ranks):
-            time.sleep(0.5)  # for what the others have to say
-            return True
-    return not running
+@contextmanager
+def ranks_running(
+    size: int, work: Callable[..., Any], *args: Any, timeout: float = 60
+) -> Iterator[Ranks]:
+    """Call ``work(rank, *args)`` in ``size`` processes; none is left at the end of the block.
+
+    Args:
+        work: a function of a module, in which :mod:`torch.distributed` is set up with gloo.
+        timeout: seconds after which a collective gives up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks([], folder)
+        try:
+            for rank in range(size):
+                process = _context.Process(
+                    target=_run, args=(rank, size, folder, timeout, work, args)
+                )
+                process.start()
+                ranks.processes.append(process)
+            yield ranks
+        finally:
+            ranks.kill()
+
+
+def on_ranks(
+    size: int, work: Callable[..., Any], *args: Any, limit: float = 60, timeout: float = 60
+) -> list[Any]:
+    """What ``work(rank, *args)`` returns in each of ``size`` processes, see :func:`ranks_running`.
+
+    Args:
+        limit: seconds until all processes are killed and the test fails.
+    """
+    with ranks_running(size, work, *args, timeout=timeout) as ranks:
+        return ranks.results(limit)
 
 
 def _run(
