@@ -186,7 +186,7 @@ def _unmark(param: Tensor) -> None:
 def _is_by_rows(cells: Cells) -> bool | None:
     """Whether whole rows of a matrix or filter are active; None where not even columns are."""
     grid = cells.grid
-    if len(grid.shape) < 2 or cells.is_shard:  # forward passes do not see its pieces
+    if len(grid.shape) < 2 or cells.is_distributed:  # forward passes do not see its pieces
         return None
     if grid.outer > 1:
         return False

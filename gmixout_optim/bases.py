@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gmixout_optim.shards import is_shard
+from gmixout_optim.shards import is_dtensor
 
 Closure = Callable[[], Any]
 
@@ -259,7 +259,7 @@ def per_cell_state(base: Optimizer, state: dict[str, Any], shape: torch.Size) ->
     return {
         key
         for key, value in state.items()
-        if (type(value) is Tensor or is_shard(value))
+        if (type(value) is Tensor or is_dtensor(value))
         and value.shape == shape
         and key not in SHARED_KEYS
         and is_own(base, key)

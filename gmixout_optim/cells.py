@@ -30,7 +30,7 @@ from gmixout_optim.index_sets import (
     stratified_ordinals,
 )
 from gmixout_optim.rounding import NARROW
-from gmixout_optim.shards import Piece, is_shard, local_of
+from gmixout_optim.shards import Piece, is_dtensor, local_of
 
 Granularity = Literal["element", "column", "row"] | int
 
@@ -317,6 +317,45 @@ class Dither(NamedTuple):
     grid: Grid
 
 
+class Packing(NamedTuple):
+    """How packed values of a rank lie in the vector that a state dict has.
+
+    That holds the values of the whole parameter, cell after cell, and has the same size in all
+    episodes. It is a DTensor where the parameter is one.
+
+    Attributes:
+        param: the parameter.
+        places: where the rank's values lie, int64; None where it has all of them.
+        size: how many values there are.
+        room: the size of the vector.
+    """
+
+    param: Tensor
+    places: Tensor | None
+    size: int
+    room: int
+
+    def join(self, packed: Tensor) -> Tensor:
+        """The vector. Collective where the parameter is a DTensor."""
+        if self.places is not None:
+            return shards.joined(self.param, packed, self.places, self.room)
+        spare = self.room - self.size
+        return torch.nn.functional.pad(packed, (0, spare)) if spare else packed
+
+    def part(self, vector: Any) -> Any:
+        """What the rank has of a vector; anything else, and one of another size, as it is.
+
+        Collective where it is a DTensor.
+        """
+        is_vector = isinstance(vector, Tensor) and vector.ndim == 1
+        if not is_vector or vector.shape[0] not in (self.size, self.room):
+            return vector
+        whole = shards.whole_of(vector)
+        return (
+            whole[: self.size] if self.places is None else whole.to(self.places.device)[self.places]
+        )
+
+
 class Cells:
     """The cells of one parameter.
 
@@ -342,7 +381,7 @@ class Cells:
         self.granularity = granularity
         self.mask_prob = mask_prob
         self.sampler = sampler
-        self.is_shard = is_shard(param)
+        self.is_distributed = is_dtensor(param)
         self._grid: Grid | None = None
         self._whole: View = (1, 0, 1)
         self._density = 1.0
@@ -350,7 +389,7 @@ class Cells:
     @property
     def _held(self) -> Tensor:
         # FSDP2 may replace it.
-        return local_of(self.param) if self.is_shard else self.param
+        return local_of(self.param) if self.is_distributed else self.param
 
     @property
     def grid(self) -> Grid:
@@ -406,12 +445,12 @@ class Cells:
     def gradient(self) -> Tensor | None:
         """Of these weights."""
         grad = self.param.grad
-        return local_of(grad) if self.is_shard and grad is not None else grad
+        return local_of(grad) if self.is_distributed and grad is not None else grad
 
     @gradient.setter
     def gradient(self, gradient: Tensor | None) -> None:
         grad = self.param.grad
-        if is_shard(grad) and gradient is not None:
+        if is_dtensor(grad) and gradient is not None:
             grad._local_tensor = gradient  # from_local() does not take a tensor subclass
         else:
             self.param.grad = gradient if gradient is None else shards.like(self.param, gradient)
@@ -419,17 +458,17 @@ class Cells:
     @property
     def has_own_pieces_as_gradient(self) -> bool:
         """Whether the gradient is in the pieces of the parameter; they may be summands."""
-        return not self.is_shard or shards.are_alike(self.param.grad, self.param)
+        return not self.is_distributed or shards.are_alike(self.param.grad, self.param)
 
     def settle_gradient(self) -> None:
         """Bring the gradient into the pieces of the parameter. Collective where it is not."""
-        if self.is_shard:
+        if self.is_distributed:
             self.param.grad = shards.settled(self.param.grad, self.param)
 
     @property
     def version(self) -> int:
         """Grows with every in-place change of the parameter, but for those in ``.data``."""
-        if self.is_shard:  # writes to the one do not count for the other
+        if self.is_distributed:  # writes to the one do not count for the other
             return self.param._version + self._held._version
         return 0 if self.param.is_inference() else self.param._version
 
@@ -477,34 +516,13 @@ class Cells:
             return None
         return Dither(episode_key(seed, self.number, episode, ROUNDING), self.grid)
 
-    def joined(self, packed: Tensor, index: Tensor, seed: int, episode: int) -> Tensor:
-        """Packed values as a state dict has them: those of the whole parameter, cell after cell.
-
-        A vector of a size that is the same in all episodes, in pieces where the parameter is.
-        Collective then.
-        """
-        if not self.is_shard:
-            spare = self._capacity - packed.shape[0]
-            return torch.nn.functional.pad(packed, (0, spare)) if spare > 0 else packed
-        places, count = self._places(index, seed, episode)
-        return shards.joined(self.param, packed, places, max(count, self._capacity))
-
-    def parted(self, vector: Tensor, index: Tensor, seed: int, episode: int) -> Tensor | None:
-        """What this rank holds of a vector of :meth:`joined`; None for one of another size."""
-        if vector.ndim != 1:
-            return None
-        places: slice | Tensor = slice(self.grid.size_at(index))
-        count = self.grid.size_at(index)
-        if self.is_shard:
-            places, count = self._places(index, seed, episode)
-        if vector.shape[0] not in (count, max(count, self._capacity)):
-            return None
-        return shards.whole_of(vector).to(index.device)[places]
-
-    @property
-    def _capacity(self) -> int:
-        """Room for the active elements of any episode."""
-        return self.width * capacity(self.count, 1 - self.mask_prob, self.sampler)
+    def packing(self, index: Tensor, seed: int, episode: int) -> Packing:
+        """How state dicts have the values of the cells that are active in an episode."""
+        room = self.width * capacity(self.count, 1 - self.mask_prob, self.sampler)
+        places, size = None, self.grid.size_at(index)
+        if self.is_distributed:
+            places, size = self._places(index, seed, episode)
+        return Packing(self.param, places, size, max(size, room))
 
     def _places(self, index: Tensor, seed: int, episode: int) -> tuple[Tensor, int]:
         """Where the elements of an index lie in the packed vector of the whole parameter, int64,

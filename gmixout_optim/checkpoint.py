@@ -24,7 +24,7 @@ from gmixout_optim.members import Member, Slot, name_of, parameters
 from gmixout_optim.param_groups import unwrapped
 from gmixout_optim.residual import slot_of
 from gmixout_optim.settings import KEY, check_anchor_decay, check_saved_run, up_to_date
-from gmixout_optim.shards import is_shard, like, local_of, placed_like
+from gmixout_optim.shards import is_dtensor, like, local_of, placed_like
 
 Groups = list[dict[str, Any]]
 
@@ -49,9 +49,9 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
         member = members.get(param)
         if member is not None and member.slot is not None:
             member.notice()
-            entry = _joined_state(layout, member, entry)
-            written = {"written": 1} if member.slot.foreign else {}
-            entry[KEY] = {**_joined_slot(layout, member), **written, "number": member.cells.number}
+            entry = _joined(layout, member, entry)
+            if member.slot.foreign:
+                entry[KEY]["written"] = 1
         elif member is not None and entry:
             entry[KEY] = {"trained": 0}  # the base's state is not packed yet
         elif not keeps_state(base, group) and members.trained():
@@ -62,37 +62,25 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
     return {**deepcopy(own_entries(base)), "state": state, "param_groups": groups}
 
 
-def _joined_state(layout: Layout, member: Member, entry: dict[str, Any]) -> dict[str, Any]:
-    """The base's state of a member, packed vectors as a file has them."""
+def _joined(layout: Layout, member: Member, entry: dict[str, Any]) -> dict[str, Any]:
+    """The base's state of a member, and copies of what its slot keeps, as a file has them."""
     run, slot = layout.members.run, slot_of(member)
-    if run.layout != "packed":
-        return entry
-    packed = per_cell_state(layout.base, entry, slot.anchor.shape)
-    return {
-        key: member.cells.joined(item, member.index(), run.seed, run.episode)
-        if key in packed
-        else item
-        for key, item in entry.items()
-    }
-
-
-def _joined_slot(layout: Layout, member: Member) -> dict[str, Tensor]:
-    """Copies of what a slot keeps, as a file has them."""
-    run, residual = layout.members.run, layout.residual
-    kept: dict[str, Tensor] = {}
-    for name, item in kept_tensors(slot_of(member)).items():
-        if is_whole(residual, name):
-            kept[name] = like(member.param, item.clone())
-        else:
-            item = member.cells.joined(item, member.index(), run.seed, run.episode)
-            kept[name] = item.clone()
-    return kept
+    packing = member.cells.packing(member.index(), run.seed, run.episode)
+    packed: set[str] = set()
+    if run.layout == "packed":
+        packed = per_cell_state(layout.base, entry, slot.anchor.shape)
+    state = {key: packing.join(item) if key in packed else item for key, item in entry.items()}
+    kept: dict[str, Any] = {"number": member.cells.number}
+    for name, item in kept_tensors(slot).items():
+        is_packed = not is_whole(layout.residual, name)
+        kept[name] = (packing.join(item) if is_packed else like(member.param, item)).clone()
+    return {**state, KEY: kept}
 
 
 def _held(tensor: Any, param: Tensor) -> Any:
     """A tensor of the shape of a parameter, in its pieces; anything else as it is."""
     is_whole = isinstance(tensor, Tensor) and tensor.shape == param.shape
-    spread = is_whole and (is_shard(tensor) or is_shard(param))
+    spread = is_whole and (is_dtensor(tensor) or is_dtensor(param))
     return placed_like(tensor, param) if spread else tensor
 
 
@@ -286,14 +274,7 @@ def _checked_entry(
     if member is not None and was_mixed and kept.get("trained") != 0:
         _check_number(member, kept, name)
         index = member.cells.draw(run["seed"], run["episode"])
-
-        def part(vector: Any) -> Any:
-            """What this rank has of a packed vector; anything else is left for checks to refuse."""
-            if not isinstance(vector, Tensor):
-                return vector
-            part = member.cells.parted(vector, index, run["seed"], run["episode"])
-            return vector if part is None else part
-
+        part = member.cells.packing(index, run["seed"], run["episode"]).part
         kept = {
             key: local_of(_held(item, param)) if is_whole(layout.residual, key) else part(item)
             for key, item in kept.items()

@@ -245,7 +245,7 @@ class Compiler:
             return None
 
     def _wants(self, member: Member) -> bool:
-        if member.cells.is_shard:  # the sizes of its sets differ between episodes
+        if member.cells.is_distributed:  # the sizes of its sets differ between episodes
             return False
         if member.cells.local.is_cuda:
             return _compiles_on_cuda() if self.wanted == "auto" else bool(self.wanted)

@@ -169,7 +169,7 @@ class Layout(ABC):
         trained = self.members.trained()
         if len(trained) != self._sorted:
             self._sorted = len(trained)
-            self._is_spread = any(member.cells.is_shard for member in trained)
+            self._is_spread = any(member.cells.is_distributed for member in trained)
             held = [member for member in trained if member.cells.grid.cells]
             self._largest = sorted(held, key=lambda m: m.cells.grid.cells)[-_WITNESSES:]
         self._witnesses = [

@@ -37,7 +37,7 @@ from gmixout_optim.packed_step import (
 from gmixout_optim.plan import Plan
 from gmixout_optim.rates import shown_groups
 from gmixout_optim.residual import EpisodicResidual, slot_of
-from gmixout_optim.shards import is_shard, local_of
+from gmixout_optim.shards import is_dtensor, local_of
 
 
 class PackedLayout(Layout):
@@ -211,11 +211,11 @@ class PackedLayout(Layout):
         """Take of whole tensors in the base's state what is on the active cells."""
         state, cells = self.base.state.get(member.param), member.cells
         shape, anchor = cells.form[1], slot_of(member).anchor
-        if not state or (shape == anchor.shape and not cells.is_shard):
+        if not state or (shape == anchor.shape and not cells.is_distributed):
             return
         if not any(isinstance(item, Tensor) and item.shape == shape for item in state.values()):
             return  # as ever
         for key in per_cell_state(self.base, state, shape):
-            if is_shard(state[key]) == cells.is_shard:
+            if is_dtensor(state[key]) == cells.is_distributed:
                 packed = mixing.gather(cells.grid.view(local_of(state[key])), member.index())
                 state[key] = packed.to(anchor.dtype)

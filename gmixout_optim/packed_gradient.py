@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import mixing
 from gmixout_optim.members import Member
-from gmixout_optim.shards import is_shard
+from gmixout_optim.shards import is_dtensor
 
 _aten = torch.ops.aten
 
@@ -149,6 +149,8 @@ class PackedGradient(Tensor):
                 return first._zero()
             if kind is _aten.add_ and not kwargs:
                 return first._accumulate(args[1])
+            if kind is _aten.view and tuple(args[1]) == tuple(first.shape):
+                return cls(first.active, first._member, first, first.draw)  # DTensor.to_local()
             if kind is _aten.copy_ and isinstance(args[1], cls):
                 return first._copy(args[1])
             if kind is _aten.new_empty_strided:
@@ -293,13 +295,13 @@ def own_gradients(param: Tensor, owner: object) -> None:
     FSDP2 makes the gradients of several parameters views of one buffer: with one of them left, that
     of packed ones would not be freed.
     """
-    if id(param) in _hooks or not is_shard(param) or not param.requires_grad:
+    if id(param) in _hooks or not is_dtensor(param) or not param.requires_grad:
         return
 
     def copy(param: Tensor) -> None:
         grad = param.grad
         if (
-            is_shard(grad)
+            is_dtensor(grad)
             and grad._local_tensor.untyped_storage().nbytes() > grad._local_tensor.nbytes
         ):
             grad._local_tensor = grad._local_tensor.clone()

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gmixout_optim.members import Members, parameters
 from gmixout_optim.param_groups import unwrapped
 from gmixout_optim.settings import SAVED, Run
-from gmixout_optim.shards import is_shard
+from gmixout_optim.shards import is_dtensor
 from gmixout_optim.warn import warn
 
 # Seconds of waiting for other ranks before a warning says so.
@@ -88,7 +88,7 @@ def _groups_of(params: Iterable[Tensor]) -> Iterator[tuple[Any, torch.device]]:
     """The process groups over which gradients of parameters are reduced, in the same order on all
     ranks, and the device on which they communicate."""
     params = list(params)
-    meshes = dict.fromkeys(param.device_mesh for param in params if is_shard(param))
+    meshes = dict.fromkeys(param.device_mesh for param in params if is_dtensor(param))
     for mesh in meshes:
         for dim in range(mesh.ndim):
             if mesh.size(dim) > 1:
@@ -116,9 +116,9 @@ def check_not_replaced(params: Iterable[Tensor]) -> None:
     if any(param.grad is not None for param in params):
         return
     shapes = {param.shape for param in params}
-    meshes = {param.device_mesh for param in params if is_shard(param)}
+    meshes = {param.device_mesh for param in params if is_dtensor(param)}
     for other in _instances_of(Tensor):
-        if not is_shard(other) or not other.is_leaf or other.grad is None:
+        if not is_dtensor(other) or not other.is_leaf or other.grad is None:
             continue
         if other.device_mesh in meshes:
             continue
@@ -139,7 +139,7 @@ def wait_for_all(params: Iterable[Tensor], call: str) -> None:
     Raises:
         RuntimeError: they are not there within the timeout of the process group.
     """
-    meshes = dict.fromkeys(param.device_mesh for param in params if is_shard(param))
+    meshes = dict.fromkeys(param.device_mesh for param in params if is_dtensor(param))
     ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
     if len(ranks) < 2:
         return

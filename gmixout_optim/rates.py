@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim.bases import is_lr
-from gmixout_optim.shards import is_shard
+from gmixout_optim.shards import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def shown_groups(
         for place, param in enumerate(lists["params"]):
             given = lent.get(param, param)
             if given is not None:
-                kind = rates.get(param, 1.0), is_shard(given)
+                kind = rates.get(param, 1.0), is_dtensor(given)
                 parts.setdefault(kind, []).append(place)
         for number, ((rate, _), places) in enumerate(parts.items() or [((1.0, False), [])]):
             part = {**group} if number else group

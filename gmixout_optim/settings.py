@@ -25,7 +25,7 @@ from gmixout_optim.bases import (
 )
 from gmixout_optim.cells import Granularity
 from gmixout_optim.index_sets import SAMPLERS, Sampler
-from gmixout_optim.shards import is_shard
+from gmixout_optim.shards import is_dtensor
 from gmixout_optim.warn import warn
 
 ResidualName = Literal["episodic", "persistent"]
@@ -287,7 +287,7 @@ def resolve_layout(base: Optimizer, run: Run, mixed: Sequence[Tensor]) -> Layout
     kind, name = type(base), type(base).__name__
     if mixed:
         _check_base_can_mix(base, run)
-    if type(base).__name__ in ONE_DEVICE and any(map(is_shard, mixed)):
+    if type(base).__name__ in ONE_DEVICE and any(map(is_dtensor, mixed)):
         raise ValueError(
             f"base={name} cannot train DTensors, neither wrapped nor alone: "
             f"{ONE_DEVICE[name]}; use another optimizer, or DistributedDataParallel"

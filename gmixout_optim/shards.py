@@ -34,8 +34,8 @@ class Piece(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def is_shard(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor, be it cut or replicated."""
+def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -44,12 +44,12 @@ def is_shard(tensor: Any) -> TypeGuard[DTensor]:
 
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return tensor._local_tensor if is_shard(tensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def piece_of(param: Tensor) -> Piece | None:
     """Which part of a parameter this rank holds; None for all of it."""
-    if not is_shard(param):
+    if not is_dtensor(param):
         return None
     (chunk,) = param.__create_chunk_list__()  # type: ignore[no-untyped-call]
     piece = Piece(tuple(param.shape), tuple(chunk.offsets), tuple(chunk.sizes))
@@ -58,7 +58,7 @@ def piece_of(param: Tensor) -> Piece | None:
 
 def why_unusable(param: Tensor) -> str:
     """Why a parameter's pieces cannot be mixed; "" where they can, or it has none."""
-    if not is_shard(param):
+    if not is_dtensor(param):
         return ""
     if any(placement.is_partial() for placement in param.placements):
         return "its pieces are summands of it (Partial)"
@@ -74,7 +74,7 @@ def why_unusable(param: Tensor) -> str:
 
 def like(param: Tensor, local: Tensor) -> Tensor:
     """A tensor of the shape of ``param`` of which this rank holds ``local``."""
-    if not is_shard(param):
+    if not is_dtensor(param):
         return local
     return type(param).from_local(
         local,
@@ -88,7 +88,7 @@ def like(param: Tensor, local: Tensor) -> Tensor:
 
 def are_alike(grad: Tensor | None, param: Tensor) -> bool:
     """Whether a gradient is in the same pieces as its parameter."""
-    return is_shard(grad) and is_shard(param) and grad.placements == param.placements
+    return is_dtensor(grad) and is_dtensor(param) and grad.placements == param.placements
 
 
 def settled(grad: Tensor | None, param: Tensor) -> Tensor | None:
@@ -96,7 +96,7 @@ def settled(grad: Tensor | None, param: Tensor) -> Tensor | None:
 
     Collective where it is not yet.
     """
-    if not is_shard(grad) or not is_shard(param) or are_alike(grad, param):
+    if not is_dtensor(grad) or not is_dtensor(param) or are_alike(grad, param):
         return grad
     moved: Tensor = grad.redistribute(placements=param.placements)
     return moved
@@ -104,7 +104,7 @@ def settled(grad: Tensor | None, param: Tensor) -> Tensor | None:
 
 def whole_of(tensor: Tensor) -> Tensor:
     """All of a tensor. Collective where it is in pieces."""
-    whole: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor
+    whole: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return whole
 
 
@@ -122,7 +122,7 @@ def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
 
     Collective where it is in other pieces.
     """
-    if is_shard(tensor) and is_shard(param):
+    if is_dtensor(tensor) and is_dtensor(param):
         same = tensor.device_mesh == param.device_mesh and tensor.placements == param.placements
         if same:
             return like(param, tensor._local_tensor.to(local_of(param).device, copy=True))
@@ -137,7 +137,7 @@ def joined(param: Tensor, values: Tensor, places: Tensor, size: int) -> Tensor:
             values.
         places: where these lie, int64.
     """
-    assert is_shard(param)
+    assert is_dtensor(param)
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     # As integers sums with zeros keep all bits.
@@ -158,7 +158,7 @@ def joined(param: Tensor, values: Tensor, places: Tensor, size: int) -> Tensor:
 def is_nonzero(tensor: Tensor) -> bool:
     """Whether any element is, on any rank. Collective where it is in pieces."""
     flag = local_of(tensor).any()
-    if is_shard(tensor):
+    if is_dtensor(tensor):
         flag = _reduced(tensor, flag.to(torch.int32), "MAX")
     return bool(flag)
 
@@ -169,11 +169,13 @@ def total_norm(gradients: Sequence[tuple[Tensor, Tensor]], norm_type: float) -> 
     Args:
         gradients: parameters, and what this rank has of their gradients, of any shape.
     """
-    if not any(is_shard(param) for param, _ in gradients):
+    if not any(is_dtensor(param) for param, _ in gradients):
         return get_total_norm([grad for _, grad in gradients if grad.numel()], norm_type)
     alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for param, grad in gradients:
-        kind = (param.device_mesh, tuple(map(_is_cut, param.placements))) if is_shard(param) else ()
+        kind = (
+            (param.device_mesh, tuple(map(_is_cut, param.placements))) if is_dtensor(param) else ()
+        )
         alike.setdefault(kind, []).append((param, grad))
     norms = [_norms(pairs, float(norm_type)) for pairs in alike.values()]
     together = torch.cat([some.to(norms[0].device) for some in norms])
@@ -185,7 +187,7 @@ def by_mesh(params: Iterable[Tensor]) -> list[list[Tensor]]:
     """Parameters that torch's operators on lists take together."""
     alike: dict[Any, list[Tensor]] = {}
     for param in params:
-        alike.setdefault(param.device_mesh if is_shard(param) else None, []).append(param)
+        alike.setdefault(param.device_mesh if is_dtensor(param) else None, []).append(param)
     return list(alike.values())
 
 
@@ -198,7 +200,7 @@ def _norms(pairs: list[tuple[Tensor, Tensor]], p: float) -> Tensor:
             for _, grad in pairs
         ]
     )
-    if not is_shard(first):
+    if not is_dtensor(first):
         return norms
     if abs(p) == inf:
         return _reduced(first, norms, "MAX" if p > 0 else "MIN")

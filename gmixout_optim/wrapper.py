@@ -297,7 +297,7 @@ class WrappingOptimizer(Optimizer):
         self._has_met = False
         self._members.release()  # until the next step: what they held is given up
         self._take_gradients()
-        if any(member.cells.is_shard for member in self._members):
+        if any(member.cells.is_distributed for member in self._members):
             reshard()  # the model's weights were loaded, too
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from gmixout_optim import GMixoutOptimizer
-from gmixout_optim.shards import is_shard, whole_of
+from gmixout_optim.shards import is_dtensor, whole_of
 
 
 class Block(nn.Module):
@@ -72,7 +72,7 @@ class Terms(nn.Module):
         total = torch.zeros_like(x)
         for weight in self.weights:
             factor = (torch.arange(weight.numel()) % 7 - 3).view(weight.shape).to(x.dtype)
-            if is_shard(weight):
+            if is_dtensor(weight):
                 mesh, placements = weight.device_mesh, weight.placements
                 factor = distribute_tensor(factor, mesh, placements, src_data_rank=None)
             total = total + x * whole_of((weight * factor).sum())

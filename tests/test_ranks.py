@@ -285,7 +285,11 @@ def buffers(rank: int) -> None:
             assert type(grad) is Tensor
             assert grad.untyped_storage().nbytes() == grad.nbytes
         else:
-            assert type(grad) is PackedGradient
+            assert type(grad) is type(param.grad.to_local()) is PackedGradient
+    optimizer.zero_grad(set_to_none=False)
+    for sign in (1, -1):  # two backward passes are added up in the packed gradients
+        (sign * model(meshes.batch(0)[0]).sum()).backward()
+    assert optimizer.clip_grad_norm_(1.0) < 1e-9
     optimizer.consolidate()
     optimizer.zero_grad()
     model(meshes.batch(0)[0]).sum().backward()

@@ -202,7 +202,7 @@ def pieces_of_state(rank: int) -> dict[str, int]:
         for entry in state["state"].values():
             for item in [*entry.values(), *entry.get("gmixout", {}).values()]:
                 if isinstance(item, torch.Tensor):
-                    assert item.ndim == 0 or shards.is_shard(item)
+                    assert item.ndim == 0 or shards.is_dtensor(item)
                     sizes[name] += shards.local_of(item).nbytes
     return sizes
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gmixout_optim import GMixoutOptimizer
-from gmixout_optim.shards import is_shard
+from gmixout_optim.shards import is_dtensor
 from gmixout_optim.testing import check_invariants
 from tests.meshes import Net, fsdp, part_of_batch, whole_weights
 from tests.ranks import needs_gloo, on_ranks
@@ -190,7 +190,7 @@ def load(rank: int, kind: str, runs: int) -> tuple[list[Kept], list[Tensor], dic
         reported = training.end()
         if run in (WARM_UP, runs - 1):
             found.append(kept(reported))
-    assert all(map(is_shard, training.inner.parameters())) == (kind == "fsdp")
+    assert all(map(is_dtensor, training.inner.parameters())) == (kind == "fsdp")
     return found, whole_weights(training.inner), training.count
 
 

@@ -282,7 +282,7 @@ def check_ranks(optimizer: GMixoutOptimizer) -> None:
     if not distributed.is_available() or not distributed.is_initialized():
         return
     run, members = optimizer._run, list(optimizer._members)
-    whole = [member for member in members if not member.cells.is_shard]
+    whole = [member for member in members if not member.cells.is_distributed]
     own = [run.seed, run.episode, run.steps_in_episode, *map(index_sum, whole)]
     group = distributed.distributed_c10d._get_default_group()
     device = torch.device("cuda") if distributed.get_backend(group) == "nccl" else "cpu"
