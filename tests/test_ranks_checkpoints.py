@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,19 @@ def gone_on(rank: int, spread: str, folder: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
+def saved_on(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folders that ranks have saved to, made once for each way to spread a model."""
+
+    @cache
+    def folder(spread: str, size: int) -> str:
+        path = str(tmp_path_factory.mktemp("saved"))
+        on_ranks(size, saved, spread, path, limit=120)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
 def never_stopped() -> list[Any]:
     ends = []
     for settings in SETTINGS:
@@ -102,10 +115,9 @@ def never_stopped() -> list[Any]:
     ],
 )
 def test_invariant_8_other_ranks_go_on_in_mid_episode(
-    first: tuple[str, int], then: tuple[str, int], never_stopped: list[Any], tmp_path: Path
+    first: tuple[str, int], then: tuple[str, int], never_stopped: list[Any], saved_on: Any
 ) -> None:
-    on_ranks(first[1], saved, first[0], str(tmp_path), limit=120)
-    for ends in on_ranks(then[1], gone_on, then[0], str(tmp_path), limit=120):
+    for ends in on_ranks(then[1], gone_on, then[0], saved_on(*first), limit=120):
         for (masks, weights), (own_masks, own_weights), settings in zip(
             ends, never_stopped, SETTINGS, strict=True
         ):
