@@ -490,3 +490,44 @@ def test_muon_on_pieces() -> None:
     for ours in on_ranks(2, muon_on, "fsdp"):
         # It works in bfloat16.
         torch.testing.assert_close(ours, expected, rtol=0.05, atol=2e-3)
+
+
+def all_at_once(spread: str, options: dict[str, Any], grad_layout: str) -> list[Tensor]:
+    warnings.simplefilter("ignore")
+    model = meshes.SPREADS[spread](meshes.net())
+    base = partial(torch.optim.AdamW, **options)
+    optimizer = meshes.wrap(model, base, exclude=("*head*", "*up*"), grad_layout=grad_layout)
+    meshes.train(model, optimizer, spread, range(4))
+    return meshes.whole_weights(model)
+
+
+def all_at_once_on(rank: int, *args: Any) -> list[Tensor]:
+    return all_at_once("fsdp", *args)
+
+
+@pytest.mark.parametrize("options", [dict(foreach=True), dict(fused=True)])
+def test_plain_tensors_and_dtensors_are_not_stepped_together(options: dict[str, Any]) -> None:
+    """Packed values are plain, what is not mixed are DTensors: torch refuses both in one list."""
+    expected = all_at_once("one", options, "packed")
+    for ours in on_ranks(2, all_at_once_on, options, "packed"):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def written_to(rank: int, through: str) -> None:
+    """Weights that somebody loads after the last step are the ones to deploy."""
+    warnings.simplefilter("ignore")
+    model = meshes.fsdp(meshes.net())
+    optimizer = meshes.wrap(model, resample_every=None)
+    meshes.train(model, optimizer, "fsdp", range(3))
+    with torch.no_grad():
+        for param in model.parameters():
+            (param if through == "dtensor" else param.to_local()).mul_(2.0)
+    loaded = meshes.whole_weights(model)
+    with pytest.warns(UserWarning, match="were written since the last step"):
+        optimizer.consolidate()
+    assert all(map(torch.equal, meshes.whole_weights(model), loaded))
+
+
+@pytest.mark.parametrize("through", ["dtensor", "piece"])
+def test_weights_that_were_written_from_outside_stay(through: str) -> None:
+    on_ranks(2, written_to, through)

@@ -308,3 +308,30 @@ def test_packed_vectors_have_one_size_in_all_episodes(sampler: Any) -> None:
         ]
         sizes.add(tuple(shapes))
     assert len(sizes) == 1
+
+
+def odd_bits(rank: int) -> Any:
+    """Signs of zeros, and what a nan carries, in pieces that overlap in nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    param = distribute_tensor(torch.zeros(4), mesh, [Shard(0)])
+    found = []
+    for dtype, ints in [
+        (torch.float32, torch.int32),
+        (torch.bfloat16, torch.int16),
+        (torch.float64, torch.int64),
+    ]:
+        whole = torch.tensor([-0.0, float("nan"), float("-inf"), 1e-38], dtype=dtype)
+        whole.view(ints)[1] += 1
+        places = torch.tensor([[0, 3], [1, 2]])[rank]
+        vector = shards.joined(param, whole[places], places, 5)
+        assert shards.is_dtensor(vector)
+        assert torch.equal(shards.whole_of(vector)[:4].view(ints), whole.view(ints))
+        found.append(vector.placements)
+    return found
+
+
+def test_bits_are_kept() -> None:
+    on_ranks(2, odd_bits)
