@@ -56,11 +56,8 @@ REFUSED: dict[type[Optimizer], str] = {
     "not defined here; use torch.optim.Adam with dense gradients",
 }
 
-# Optimizers of torch that do not take parameters in pieces, by name, and why.
-ONE_DEVICE = {
-    "LBFGS": "it makes one vector of the parameters on this rank",
-    "Adafactor": "its second moment is factored over whole matrices",
-}
+# Optimizers that do not take DTensors.
+ONE_DEVICE = _of_torch("LBFGS", "Adafactor")
 
 # Element-wise optimizers whose state starts at the learning rate of the step that creates it.
 _STARTS_AT_LR = (torch.optim.ASGD, torch.optim.Rprop)

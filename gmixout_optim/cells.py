@@ -77,9 +77,10 @@ class Grid(NamedTuple):
     def of(cls, tensor: Tensor, granularity: Granularity, piece: Piece | None = None) -> Grid:
         """The grid of a tensor; one that cells do not fit falls back to elements."""
         shape = tuple(tensor.shape)
-        view = _view_of(shape, granularity)
-        if piece is not None:
-            view = _Block.of(piece, granularity).view
+        if piece is None:
+            view = _view_of(shape, granularity)
+        else:
+            view = _PieceCells.of(piece, granularity).view
         return cls(shape, tensor.stride(), tensor.is_contiguous(), *view, piece)
 
     @property
@@ -132,16 +133,14 @@ class Grid(NamedTuple):
         number = self.elements_at(index)
         if self.piece is None:
             return number
+        shape, offsets, sizes = self.piece
         whole, stride = torch.zeros_like(number), 1
-        for size, offset, extent in zip(*map(reversed, self._sides(self.piece)), strict=True):
-            whole += (number % size + offset) * stride
+        for dim in reversed(range(len(shape))):
+            size = max(1, sizes[dim])
+            whole += (number % size + offsets[dim]) * stride
             number = number // size
-            stride *= extent
+            stride *= shape[dim]
         return whole
-
-    @staticmethod
-    def _sides(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return tuple(max(1, size) for size in piece.sizes), piece.offsets, piece.shape
 
     def cells_at(self, index: Tensor) -> Tensor:
         """The numbers (int64) of the cells that an index of :meth:`address` addresses."""
@@ -208,13 +207,13 @@ def _view_of(shape: Sequence[int], granularity: Granularity) -> View:
     return outer, numel // max(1, outer * inner), inner
 
 
-class _Block(NamedTuple):
+class _PieceCells(NamedTuple):
     """Where the cells of a piece of a tensor come from.
 
     Attributes:
         shape, offsets, sizes: the piece's cells, as a block of a grid.
-        parts: so many consecutive cells of the grid are a cell of the tensor: 1 where no cell is
-            cut by the edges of the piece.
+        parts: how many consecutive cells of the grid make one cell of the tensor: 1 unless the
+            edges of the piece cut cells.
         view: the piece as (outer, cells, inner).
     """
 
@@ -225,7 +224,7 @@ class _Block(NamedTuple):
     view: View
 
     @classmethod
-    def of(cls, piece: Piece, granularity: Granularity) -> _Block:
+    def of(cls, piece: Piece, granularity: Granularity) -> _PieceCells:
         shape, offsets, sizes = piece
         outer, cells, inner = _view_of(shape, granularity)
         count = prod(sizes)
@@ -320,8 +319,8 @@ class Dither(NamedTuple):
 class Packing(NamedTuple):
     """How packed values of a rank lie in the vector that a state dict has.
 
-    That holds the values of the whole parameter, cell after cell, and has the same size in all
-    episodes. It is a DTensor where the parameter is one.
+    The vector holds the active values of the whole parameter in the order of its cells. Its size is
+    the same in every episode. It is a DTensor where the parameter is one.
 
     Attributes:
         param: the parameter.
@@ -489,7 +488,7 @@ class Cells:
         grid = self.grid
         if grid.piece is None:
             return grid.address(self._draw_whole(seed, episode))
-        block = _Block.of(grid.piece, self.granularity)
+        block = _PieceCells.of(grid.piece, self.granularity)
         words = dict(seed=seed, tensor=self.number, episode=episode, sampler=self.sampler)
         return grid.address(block.draw(1 - self.mask_prob, self._held.device, **words))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -77,7 +79,7 @@ def _joined(layout: Layout, member: Member, entry: dict[str, Any]) -> dict[str, 
     return {**state, KEY: kept}
 
 
-def _held(tensor: Any, param: Tensor) -> Any:
+def _held(param: Tensor, tensor: Any) -> Any:
     """A tensor of the shape of a parameter, in its pieces; anything else as it is."""
     is_whole = isinstance(tensor, Tensor) and tensor.shape == param.shape
     spread = is_whole and (is_dtensor(tensor) or is_dtensor(param))
@@ -270,34 +272,25 @@ def _checked_entry(
     if is_packed and member is not None and not was_mixed:
         raise ValueError(f"{name} is mixed here and was not in the run that was saved")
     slot, shape = None, param.shape
-    packed: dict[str, Any] = {}
+    held: Callable[[Any], Any] = partial(_held, param)
     if member is not None and was_mixed and kept.get("trained") != 0:
         _check_number(member, kept, name)
         index = member.cells.draw(run["seed"], run["episode"])
         part = member.cells.packing(index, run["seed"], run["episode"]).part
         kept = {
-            key: local_of(_held(item, param)) if is_whole(layout.residual, key) else part(item)
+            key: local_of(_held(param, item)) if is_whole(layout.residual, key) else part(item)
             for key, item in kept.items()
         }
         kept = _kept_up_to_date(layout, member, index, kept, run)
         slot = layout.residual.restored(member, index, kept)
         if is_packed:
-            shape = slot.anchor.shape
-            keys = [key for key in entry if is_own(base, key) and key not in SHARED_KEYS]
-            packed = {key: part(entry[key]) for key in keys}
-    of_base = {
-        key: _fitting_state(
-            base,
-            group,
-            name,
-            key,
-            packed[key] if key in packed else _held(value, param),
-            param,
-            shape,
-        )
-        for key, value in entry.items()
-        if key != KEY
-    }
+            shape, held = slot.anchor.shape, part
+    of_base = {}
+    for key, value in entry.items():
+        if key != KEY:
+            is_shared = key in SHARED_KEYS or not is_own(base, key)
+            value = value if is_shared else held(value)
+            of_base[key] = _fitting_state(base, group, name, key, value, param, shape)
     return of_base, slot
 
 

@@ -105,7 +105,7 @@ def active_count(cells: int, density: float) -> int:
 
 
 def capacity(cells: int, density: float, sampler: Sampler) -> int:
-    """Room for a set of any episode: a Bernoulli set needs more once in 10**20 times."""
+    """Room for the set of any episode. A Bernoulli set exceeds it with probability below 1e-20."""
     if sampler == "stratified":
         return active_count(cells, density)
     deviation = (cells * density * (1 - density)) ** 0.5
@@ -366,7 +366,7 @@ def active_cells_in_runs(
 
     Args:
         starts: int64, on the host.
-        length: where there are several runs, at most half of ``cells``.
+        length: at most ``cells``.
 
     Returns:
         int64 tensors, run by run: the number of the run of each active cell, and its place there.

@@ -388,7 +388,7 @@ class Members:
         return {**self.__dict__, "_is_holding": False, "was_holding": self._is_holding}
 
     def replaced(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
-        """Parameters in whose places others of the same shapes are, and these others.
+        """Maps each parameter that was replaced by one of the same shape to the one in its place.
 
         Accelerate puts them there, after ``fully_shard()`` has replaced the parameters of the
         model. Empty where :meth:`follow` cannot take them, which :meth:`bind` refuses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -283,9 +284,7 @@ def pack_gradients(member: Member) -> None:
             cells.gradient = PackedGradient(active, owner, cells.local, member.run.draws)
             member.gradient_kind = "packed"
 
-    handle = member.param.register_post_accumulate_grad_hook(pack)  # type: ignore[no-untyped-call]
-    key = id(member.param)
-    _hooks[key] = handle, weakref.finalize(member, _hooks.pop, key, None)
+    _hook(member.param, pack, member)
     member.packs_gradients = True
 
 
@@ -306,18 +305,25 @@ def own_gradients(param: Tensor, owner: object) -> None:
         ):
             grad._local_tensor = grad._local_tensor.clone()
 
-    handle = param.register_post_accumulate_grad_hook(copy)  # type: ignore[no-untyped-call]
-    key = id(param)
-    _hooks[key] = handle, weakref.finalize(owner, _hooks.pop, key, None)
+    _hook(param, copy, owner)
+
+
+def _hook(param: Tensor, hook: Callable[[Tensor], None], owner: object) -> None:
+    """Call ``hook(param)`` as soon as there is a gradient, while ``owner`` lives."""
+    handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    _hooks[id(param)] = handle, weakref.finalize(owner, _unhook, id(param))
+
+
+def _unhook(key: int) -> None:
+    handle, _ = _hooks.pop(key)
+    handle.remove()
 
 
 def leave_gradients(param: Tensor) -> None:
     """Let ``param.grad`` be what backward makes of it, whichever optimizer packed it."""
-    hook = _hooks.pop(id(param), None)
-    if hook is not None:
-        handle, forget = hook
-        handle.remove()
-        forget.detach()
+    if id(param) in _hooks:
+        _, forget = _hooks[id(param)]
+        forget()
 
 
 def _can_be_packed(grad: Tensor) -> bool:

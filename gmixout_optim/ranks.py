@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gmixout_optim.members import Members, parameters
 from gmixout_optim.param_groups import unwrapped
 from gmixout_optim.settings import SAVED, Run
-from gmixout_optim.shards import is_dtensor
+from gmixout_optim.shards import is_dtensor, meshes_of
 from gmixout_optim.warn import warn
 
 # Seconds of waiting for other ranks before a warning says so.
@@ -39,26 +42,30 @@ def check_alike(members: Members, groups: Sequence[dict[str, Any]]) -> None:
         return
     params = [param for _, _, _, param in parameters(groups)]
     facts = dict(_facts(members, groups))
-    own = list(map(_number_of, facts.values()))
-    for group, device in _groups_of(params):
-        mine = torch.tensor(own, dtype=torch.int64, device=device)
-        gathered = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(gathered, mine, group=group)
-        ranks = distributed.get_process_group_ranks(group)
-        others = {rank: row.tolist() for rank, row in zip(ranks, gathered, strict=True)}
-        differing = {rank: row for rank, row in others.items() if row != own}
-        if differing:
-            kinds = list(zip(facts.items(), own, *differing.values(), strict=True))
-            named = [fact for fact, mine, *theirs in kinds if any(each != mine for each in theirs)]
-            shown = [
-                name if isinstance(value, tuple) else f"{name}={value!r}" for name, value in named
-            ]
-            raise RuntimeError(
-                f"ranks differ: {', '.join(shown)} on rank {distributed.get_rank()} are not those "
-                f"of ranks {str(list(differing))[1:-1]}, and they would train other weights. Build "
-                "the optimizer with the same settings, and the same parameters in the same order, "
-                "on all ranks; load a state dict on all of them or on none"
-            )
+    own = [distributed.get_rank(), *map(_number_of, facts.values())]
+    tables = [_gathered(own, along, device) for along, device in _groups_of(params)]
+    differing = {row[0]: row for table in tables for row in table if row[1:] != own[1:]}
+    if differing:
+        kinds = zip(facts.items(), own[1:], *(row[1:] for row in differing.values()), strict=True)
+        named = [fact for fact, mine, *theirs in kinds if any(each != mine for each in theirs)]
+        shown = [name if isinstance(value, tuple) else f"{name}={value!r}" for name, value in named]
+        raise RuntimeError(
+            f"ranks differ: {', '.join(shown)} on rank {own[0]} are not those of ranks "
+            f"{str(sorted(differing))[1:-1]}, and they would train other weights. Build the "
+            "optimizer with the same settings, and the same parameters in the same order, on all "
+            "ranks; load a state dict on all of them or on none"
+        )
+
+
+def _gathered(row: list[int], along: list[Any], device: torch.device) -> list[list[int]]:
+    """The rows of all ranks of a mesh, gathered along one of its dimensions after the other."""
+    table = torch.tensor([row], dtype=torch.int64, device=device)
+    for group in along:
+        parts = [torch.empty_like(table) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(parts, table, group=group)
+        table = torch.cat(parts)
+    rows: list[list[int]] = table.tolist()
+    return rows
 
 
 def _facts(members: Members, groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -67,6 +74,7 @@ def _facts(members: Members, groups: Sequence[dict[str, Any]]) -> Iterator[tuple
     for key in SAVED:
         yield key, getattr(run, key)
     yield "the number of trained tensors", len(members.trained())
+    yield "the options of the groups", tuple(map(_options, groups))
     mixed = [
         (unwrapped(m.name), tuple(m.param.shape), m.cells.mask_prob, m.cells.granularity)
         for m in members
@@ -74,6 +82,16 @@ def _facts(members: Members, groups: Sequence[dict[str, Any]]) -> Iterator[tuple
     yield "the parameters that are mixed", tuple(mixed)
     shapes = [tuple(param.shape) for _, _, _, param in parameters(groups)]
     yield "the parameters", tuple(shapes)
+
+
+def _options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """A group's options that are numbers, or several: its lr, betas, anchor_decay and so on."""
+    return tuple(
+        (key, item if isinstance(item, Real) else tuple(item))
+        for key, item in sorted(group.items())
+        if isinstance(item, Real)
+        or (isinstance(item, list | tuple) and all(isinstance(each, Real) for each in item))
+    )
 
 
 def _number_of(value: Any) -> int:
@@ -84,21 +102,19 @@ def _number_of(value: Any) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def _groups_of(params: Iterable[Tensor]) -> Iterator[tuple[Any, torch.device]]:
-    """The process groups over which gradients of parameters are reduced, in the same order on all
-    ranks, and the device on which they communicate."""
-    params = list(params)
-    meshes = dict.fromkeys(param.device_mesh for param in params if is_dtensor(param))
+def _groups_of(params: Sequence[Tensor]) -> Iterator[tuple[list[Any], torch.device]]:
+    """The process groups over which gradients are reduced, in the same order on all ranks: those of
+    the dimensions of each mesh, or DDP's; and the device on which they communicate."""
+    meshes = meshes_of(params)
     for mesh in meshes:
-        for dim in range(mesh.ndim):
-            if mesh.size(dim) > 1:
-                yield mesh.get_group(dim), torch.device(mesh.device_type)
+        groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+        yield groups, torch.device(mesh.device_type)
     if meshes or distributed.get_world_size() == 1:
         return
     own = set(map(id, params))
     for found in _instances_of(DistributedDataParallel):
         if any(id(param) in own for param in found.parameters()):
-            yield found.process_group, found.device or params[0].device
+            yield [found.process_group], found.device or params[0].device
 
 
 def _instances_of(kind: type) -> list[Any]:
@@ -107,28 +123,24 @@ def _instances_of(kind: type) -> list[Any]:
 
 
 def check_not_replaced(params: Iterable[Tensor]) -> None:
-    """Raise where other parameters, of the same shapes, have the gradients.
+    """Raise where DTensors have the gradients that parameters of the same shapes lack.
 
-    ``fully_shard()`` and ``parallelize_module()`` replace the parameters of a module. Those on a
-    mesh of the optimizer's own are others, which it does not train.
+    ``fully_shard()`` and ``parallelize_module()`` replace the parameters of a module.
     """
     params = list(params)
-    if any(param.grad is not None for param in params):
+    lost = [p for p in params if p.requires_grad and p.grad is None and not is_dtensor(p)]
+    if not lost or "torch.distributed.tensor" not in sys.modules:
         return
-    shapes = {param.shape for param in params}
-    meshes = {param.device_mesh for param in params if is_dtensor(param)}
-    for other in _instances_of(Tensor):
-        if not is_dtensor(other) or not other.is_leaf or other.grad is None:
-            continue
-        if other.device_mesh in meshes:
-            continue
-        if other.shape in shapes and not any(other is param for param in params):
-            raise RuntimeError(
-                f"none of the optimizer's parameters has a gradient, and a DTensor of shape "
-                f"{tuple(other.shape)} has one: fully_shard() and parallelize_module() put new "
-                "parameters in place of those that the optimizer was built with. Build the base "
-                "and its GMixoutOptimizer after them"
-            )
+    own = set(map(id, params))
+    leaves = [item for item in _instances_of(Tensor) if is_dtensor(item) and item.is_leaf]
+    found = Counter(each.shape for each in leaves if each.grad is not None and id(each) not in own)
+    if Counter(param.shape for param in lost) <= found:
+        raise RuntimeError(
+            f"{len(lost)} of the optimizer's {len(params)} parameters have no gradient, and as "
+            "many DTensors of the same shapes have one: fully_shard() and parallelize_module() put "
+            "new parameters in place of those that the optimizer was built with. Build the base "
+            "and its GMixoutOptimizer after them"
+        )
 
 
 def wait_for_all(params: Iterable[Tensor], call: str) -> None:
@@ -139,7 +151,7 @@ def wait_for_all(params: Iterable[Tensor], call: str) -> None:
     Raises:
         RuntimeError: they are not there within the timeout of the process group.
     """
-    meshes = dict.fromkeys(param.device_mesh for param in params if is_dtensor(param))
+    meshes = meshes_of(params)
     ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
     if len(ranks) < 2:
         return
@@ -163,6 +175,7 @@ def wait_for_all(params: Iterable[Tensor], call: str) -> None:
         if not _is_set(store, f"{here}/all", timeout - patience):
             missing = _missing(store, here, ranks)
             store.add(f"{here}/count", -1)
+            _forget(store, here, own, is_first=False)
             raise RuntimeError(
                 f"{call} is a collective call where parameters are in pieces on several ranks, "
                 f"and ranks {missing} have not called it: do so on all ranks, as in "

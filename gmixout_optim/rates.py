@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gmixout_optim.bases import is_lr
-from gmixout_optim.shards import is_dtensor
+from gmixout_optim.shards import mesh_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def shown_groups(
     """Inside the block the base's groups hold what it is to step, at the rates for it.
 
     A group whose parameters train at several rates is shown as several groups, and so is one with
-    plain tensors and DTensors, which torch's optimizers do not step together. If the base changes
-    its lr, the change persists.
+    plain tensors and DTensors, or with those of several meshes: torch's optimizers do not step
+    these together. If the base changes its lr, the change persists.
 
     Args:
         rates: how many times its group's learning rate a parameter trains with, 1 where it is
@@ -92,13 +92,13 @@ def shown_groups(
     # What each group's own dict shows as its learning rate, times what, and the tensor's version.
     first: list[tuple[Any, float, int]] = []
     for group, lists, lr in kept:
-        parts: dict[tuple[float, bool], list[int]] = {}
+        parts: dict[tuple[float, Any], list[int]] = {}
         for place, param in enumerate(lists["params"]):
             given = lent.get(param, param)
             if given is not None:
-                kind = rates.get(param, 1.0), is_dtensor(given)
+                kind = rates.get(param, 1.0), mesh_of(given)
                 parts.setdefault(kind, []).append(place)
-        for number, ((rate, _), places) in enumerate(parts.items() or [((1.0, False), [])]):
+        for number, ((rate, _), places) in enumerate(parts.items() or [((1.0, None), [])]):
             part = {**group} if number else group
             part.update({key: [items[place] for place in places] for key, items in lists.items()})
             part["params"] = [lent.get(param, param) for param in part["params"]]

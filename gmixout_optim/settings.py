@@ -287,10 +287,10 @@ def resolve_layout(base: Optimizer, run: Run, mixed: Sequence[Tensor]) -> Layout
     kind, name = type(base), type(base).__name__
     if mixed:
         _check_base_can_mix(base, run)
-    if type(base).__name__ in ONE_DEVICE and any(map(is_dtensor, mixed)):
+    if kind in ONE_DEVICE and any(map(is_dtensor, mixed)):
         raise ValueError(
             f"base={name} cannot train DTensors, neither wrapped nor alone: "
-            f"{ONE_DEVICE[name]}; use another optimizer, or DistributedDataParallel"
+            f"{NOT_ELEMENTWISE[kind]}; use another optimizer, or DistributedDataParallel"
         )
     if run.layout == "packed" and kind in NOT_ELEMENTWISE:
         raise ValueError(

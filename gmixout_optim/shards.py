@@ -1,7 +1,7 @@
 """Parameters of which each rank holds a piece: DTensors, as FSDP2 and tensor parallel make them.
 
-All that is known of :mod:`torch.distributed.tensor` is here. A tensor that is no DTensor is a piece
-of itself. The module is not imported before somebody else has.
+A tensor that is no DTensor is a piece of itself. :mod:`torch.distributed.tensor` is not imported
+before somebody else has.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from math import inf, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -40,6 +41,16 @@ def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def meshes_of(tensors: Iterable[Any]) -> list[Any]:
+    """The meshes of the DTensors among these, in order."""
+    return list(dict.fromkeys(each.device_mesh for each in tensors if is_dtensor(each)))
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """Its mesh, None for a plain tensor: torch's operators on lists take tensors of one mesh."""
+    return tensor.device_mesh if is_dtensor(tensor) else None
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -183,14 +194,6 @@ def total_norm(gradients: Sequence[tuple[Tensor, Tensor]], norm_type: float) -> 
     return norm
 
 
-def by_mesh(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters that torch's operators on lists take together."""
-    alike: dict[Any, list[Tensor]] = {}
-    for param in params:
-        alike.setdefault(param.device_mesh if is_dtensor(param) else None, []).append(param)
-    return list(alike.values())
-
-
 def _norms(pairs: list[tuple[Tensor, Tensor]], p: float) -> Tensor:
     """The norms of gradients whose parameters are cut alike."""
     first, nothing = pairs[0][0], 0.0 if p >= 0 else inf
@@ -226,11 +229,15 @@ def _is_cut(placement: Any) -> bool:
     return not placement.is_replicate()
 
 
-def reshard() -> None:
-    """Have FSDP2 gather the weights again before the next forward pass.
+# The parameters of each FSDP2 module, by id.
+_pieces: WeakKeyDictionary[torch.nn.Module, frozenset[int]] = WeakKeyDictionary()
 
-    A module may keep whole weights from one forward pass to the next, which do not follow what is
-    written to the pieces.
+
+def reshard(params: set[int]) -> None:
+    """Have FSDP2 gather parameters, given by id, again before the next forward pass.
+
+    It may keep gathered weights from one forward pass to the next, which would not show what was
+    written to the pieces since.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
@@ -238,5 +245,16 @@ def reshard() -> None:
     from torch.distributed._composable_state import _module_state_mapping
 
     for module in list(_module_state_mapping):
-        if isinstance(module, fsdp.FSDPModule):
+        if isinstance(module, fsdp.FSDPModule) and not params.isdisjoint(_pieces_of(module)):
             module.reshard()
+
+
+def _pieces_of(module: Any) -> frozenset[int]:
+    pieces = _pieces.get(module)
+    if pieces is None:
+        state = module._get_fsdp_state()
+        # Before torch 2.12 a module had one group of parameters.
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        held = [each.sharded_param for group in groups if group for each in group.fsdp_params]
+        pieces = _pieces[module] = frozenset(map(id, held))
+    return pieces

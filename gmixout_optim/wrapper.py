@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gmixout_optim import checkpoint, ranks, settings
@@ -24,10 +25,10 @@ from gmixout_optim.members import Member, Members, parameters
 from gmixout_optim.packed_gradient import own_gradients
 from gmixout_optim.report import Report, make_report
 from gmixout_optim.shards import (
-    by_mesh,
     is_nonzero,
     like,
     local_of,
+    mesh_of,
     reshard,
     settled,
     total_norm,
@@ -220,7 +221,8 @@ class WrappingOptimizer(Optimizer):
             else:
                 used.append((param, self._layout.active_gradient(member)))
         norm = total_norm(used, norm_type)
-        for some in by_mesh(params):
+        for mesh in {mesh_of(param) for param in params}:
+            some = [param for param in params if mesh_of(param) is mesh]
             clip_grads_with_norm_(some, max_norm, norm)
         return norm
 
@@ -293,12 +295,13 @@ class WrappingOptimizer(Optimizer):
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 changed = pre_hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
+        ranks.wait_for_all(tree_leaves(state_dict), "load_state_dict()")
         checkpoint.take_state_dict(self._layout, state_dict)
         self._has_met = False
         self._members.release()  # until the next step: what they held is given up
         self._take_gradients()
-        if any(member.cells.is_distributed for member in self._members):
-            reshard()  # the model's weights were loaded, too
+        # The model's weights were loaded, too.
+        reshard({id(m.param) for m in self._members if m.cells.is_distributed})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -461,8 +464,7 @@ class WrappingOptimizer(Optimizer):
         self._check_groups()
         self._members.hold()
         if not self._has_met:
-            params = [param for group in self.param_groups for param in group["params"]]
-            ranks.check_not_replaced(params)
+            ranks.check_not_replaced(param for *_, param in parameters(self.param_groups))
             ranks.check_alike(self._members, self.param_groups)
             self._has_met = True
         if self._run.residual == "persistent" and self._layout.shows_deployed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,8 +67,7 @@ def trained(spread: str, settings: dict[str, Any]) -> tuple[list[Tensor], ...]:
     optimizer = meshes.wrap(model, **settings)
     norms = meshes.train(model, optimizer, spread, range(7), clip=0.5)
     masks, weights = meshes.whole_masks(optimizer), meshes.whole_weights(model)
-    if settings["granularity"] != "column":
-        check_invariants(optimizer)
+    check_invariants(optimizer)
     optimizer.consolidate()
     return masks, norms, weights, meshes.whole_weights(model)
 
@@ -260,7 +261,7 @@ def all_clipped(rank: int, spread: str, cases: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize(("spread", "size"), [("fsdp", 3), ("hsdp", 4), ("fsdp_tp", 4)])
 def test_norms_are_those_of_the_whole(spread: str, size: int) -> None:
-    powers = [1.0, 2.0, 3.0, float("inf"), 0.0]
+    powers = [1.0, 2.0, 3.0, float("inf"), float("-inf"), 0.0]
     cases: list[Any] = [("ours", "dense", p) for p in powers]
     cases += [("ours", "packed", 2.0)]
     if spread != "fsdp_tp":  # torch's own clips parameters of one mesh alone
@@ -308,7 +309,9 @@ class Normed(nn.Module):
         return out
 
 
-def sequence_parallel(rank: int, grad_layout: str) -> tuple[list[Tensor], list[Tensor]]:
+def sequence_parallel(
+    rank: int, options: dict[str, Any], clips: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     """A norm's weight is on all ranks, each with the gradient of its part of the sequence."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
@@ -328,21 +331,23 @@ def sequence_parallel(rank: int, grad_layout: str) -> tuple[list[Tensor], list[T
         mesh = init_device_mesh("cpu", (2,))
         parallelize_module(model, mesh, {"norm": SequenceParallel(), "up": up})
         part = slice(4 * rank, 4 * rank + 4)
-    optimizer = meshes.wrap(model, exclude=(), grad_layout=grad_layout)
+    optimizer = meshes.wrap(model, exclude=(), **options)
     norms = []
     for step in range(7):
         x = torch.randn(3, 8, 40, generator=torch.Generator().manual_seed(step)).double()
         optimizer.zero_grad()
         model(x[:, part]).square().mean().backward()
-        norms.append(optimizer.clip_grad_norm_(0.5))
+        if clips:
+            norms.append(optimizer.clip_grad_norm_(0.5))
         optimizer.step()
     return norms, meshes.whole_weights(model)
 
 
-@pytest.mark.parametrize("grad_layout", ["dense", "packed"])
-def test_gradients_that_are_summands_are_added_up(grad_layout: str) -> None:
-    expected = sequence_parallel(0, grad_layout)
-    for ours in on_ranks(2, sequence_parallel, grad_layout):
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("options", [{}, dict(grad_layout="packed"), dict(layout="dense")])
+def test_gradients_that_are_summands_are_added_up(options: dict[str, Any], clips: bool) -> None:
+    expected = sequence_parallel(0, options, clips)
+    for ours in on_ranks(2, sequence_parallel, options, clips):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -350,9 +355,10 @@ def test_gradients_that_are_summands_are_added_up(grad_layout: str) -> None:
 
 
 def stepped(rank: int, spread: str, given: dict[str, Any], late: bool) -> str:
-    """The error of a first step, or of the first after loading, on ranks that differ."""
+    """The error of a first step, or of the first after loading, where the last rank differs."""
     warnings.simplefilter("ignore")
-    settings = {key: values[rank] for key, values in given.items()}
+    is_last = rank == dist.get_world_size() - 1
+    settings = {key: values[is_last] for key, values in given.items()}
     model = meshes.SPREADS[spread](meshes.net())
     optimizer = meshes.wrap(model, **({} if late else settings))
     if late:
@@ -377,6 +383,8 @@ def stepped(rank: int, spread: str, given: dict[str, Any], late: bool) -> str:
         (dict(resample_every=[3, 4]), "resample_every=3, episode_warmup=3 on rank 0"),
         (dict(mask_prob=[0.5, 0.6]), "the parameters that are mixed on rank 0"),
         (dict(exclude=["*head*", "*embed*"]), "the parameters that are mixed on rank 0"),
+        (dict(anchor_decay=[0.5, 0.9]), "the options of the groups on rank 0"),
+        (dict(lr=[0.01, 0.02]), "the options of the groups on rank 0"),
     ],
 )
 def test_ranks_that_differ_are_found_at_the_first_step(
@@ -386,6 +394,13 @@ def test_ranks_that_differ_are_found_at_the_first_step(
     assert first.startswith("ranks differ: ")
     assert shown in first
     assert "on rank 1 are not those of ranks 0" in second
+
+
+@pytest.mark.parametrize("spread", ["hsdp", "fsdp_tp"])
+def test_all_ranks_of_a_mesh_hear_of_one_that_differs(spread: str) -> None:
+    for rank, error in enumerate(on_ranks(4, stepped, spread, dict(seed=[0, 1]), False)):
+        others = "3" if rank < 3 else "0, 1, 2"
+        assert f"seed={rank // 3} on rank {rank} are not those of ranks {others}," in error
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
@@ -444,7 +459,7 @@ def built_too_early(rank: int, spread: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("spread", ["fsdp"])
+@pytest.mark.parametrize("spread", ["fsdp", "tp"])
 def test_an_optimizer_that_was_built_before_sharding_is_refused(spread: str) -> None:
     for error in on_ranks(2, built_too_early, spread):
         assert "Build the base and its GMixoutOptimizer after them" in error
@@ -534,3 +549,100 @@ def written_to(rank: int, through: str) -> None:
 @pytest.mark.parametrize("through", ["dtensor", "piece"])
 def test_weights_that_were_written_from_outside_stay(through: str) -> None:
     on_ranks(2, written_to, through)
+
+
+def communication(rank: int, settings: dict[str, Any]) -> dict[str, int]:
+    """How many collectives each call makes, after the first step."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    warnings.simplefilter("ignore")
+    model = meshes.fsdp(meshes.net())
+    optimizer = meshes.wrap(model, resample_every=2, **settings)
+    meshes.train(model, optimizer, "fsdp", range(1))
+    counts = {}
+    calls = [optimizer.step, optimizer.step, optimizer.resample, optimizer.eval, optimizer.train]
+    for call in [*calls, optimizer.report, optimizer.resync, optimizer.consolidate]:
+        with CommDebugMode() as mode:
+            call()
+        counts[call.__name__] = counts.get(call.__name__, 0) + mode.get_total_counts()
+    with CommDebugMode() as mode:  # it does see some
+        optimizer.state_dict()
+    assert mode.get_total_counts() > 0
+    return counts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(layout="dense"), dict(residual="persistent"), dict(granularity="row")],
+)
+def test_steps_and_redraws_communicate_nothing(settings: dict[str, Any]) -> None:
+    for counts in on_ranks(2, communication, settings):
+        assert len(counts) == 7
+        assert not any(counts.values()), counts
+
+
+def gathers_of_teacher(rank: int) -> list[int]:
+    """A model beside the trained one, which FSDP2 may keep gathered."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    warnings.simplefilter("ignore")
+    model, teacher = (
+        meshes.fsdp(meshes.net()),
+        meshes.fsdp(meshes.net(), reshard_after_forward=False),
+    )
+    optimizer = meshes.wrap(model)
+    counts = []
+    for step in range(3):
+        with CommDebugMode() as mode, torch.no_grad():
+            teacher(meshes.batch(step)[0])
+        counts.append(mode.get_total_counts())
+        meshes.train(model, optimizer, "fsdp", range(step, step + 1))
+    return counts
+
+
+def test_other_models_stay_gathered() -> None:
+    for first, *others in on_ranks(2, gathers_of_teacher):
+        assert first > 0
+        assert others == [0, 0]
+
+
+def unsynced(spread: str) -> list[Tensor]:
+    """Gradients of two micro-batches, which ranks exchange in the second one."""
+    warnings.simplefilter("ignore")
+    model: Any = meshes.SPREADS[spread](meshes.net())
+    optimizer = meshes.wrap(model)
+    for step in range(5):
+        optimizer.zero_grad()
+        for micro in range(2):
+            x, y = meshes.batch(2 * step + micro)
+            part = meshes.part_of_batch(spread, len(x))
+            with model.no_sync() if spread == "ddp" and not micro else nullcontext():
+                (model(x[part]) - y[part]).square().mean().backward()
+        optimizer.step()
+    return meshes.whole_weights(model)
+
+
+def unsynced_on(rank: int) -> list[Tensor]:
+    return unsynced("ddp")
+
+
+def test_ddp_accumulates_without_communication() -> None:
+    expected = unsynced("one")
+    first, second = on_ranks(2, unsynced_on)
+    assert all(map(torch.equal, first, second))
+    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-12)
+
+
+def hooks_left(rank: int) -> list[int]:
+    warnings.simplefilter("ignore")
+    model = meshes.fsdp(meshes.net())
+    for _ in range(3):
+        optimizer = meshes.wrap(model, grad_layout="packed")
+        meshes.train(model, optimizer, "fsdp", range(1))
+        del optimizer
+        gc.collect()
+    return [len(param._post_accumulate_grad_hooks or ()) for param in model.parameters()]
+
+
+def test_optimizers_that_are_gone_leave_no_hooks() -> None:
+    assert not any(map(sum, on_ranks(2, hooks_left)))

@@ -108,6 +108,8 @@ def never_stopped() -> list[Any]:
         (("fsdp", 3), ("fsdp", 2)),
         (("fsdp", 2), ("ddp", 2)),
         (("ddp", 2), ("fsdp", 3)),
+        (("ddp", 2), ("one", 1)),
+        (("hsdp", 4), ("fsdp", 2)),
         (("fsdp", 3), ("hsdp", 4)),
         (("fsdp", 2), ("tp", 3)),
         (("tp", 2), ("fsdp_tp", 4)),
@@ -201,7 +203,7 @@ def pieces_of_state(rank: int) -> dict[str, int]:
     sizes = {}
     for name in ("adamw", "ours"):
         model: Any = torch.nn.Module()
-        model.blocks = torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(2)))
+        model.blocks = torch.nn.Sequential(torch.nn.Linear(300, 400, bias=False))
         model.forward = model.blocks.forward
         model = meshes.fsdp(model)
         optimizer = torch.optim.AdamW(model.named_parameters())
@@ -221,37 +223,38 @@ def pieces_of_state(rank: int) -> dict[str, int]:
 
 def test_a_checkpoint_holds_less_than_a_sixth_on_each_rank() -> None:
     for sizes in on_ranks(2, pieces_of_state):
-        assert sizes["ours"] <= 0.152 * sizes["adamw"]
+        assert sizes["ours"] <= 0.1501 * sizes["adamw"]
 
 
 # Calls that all ranks have to make
 
 
 def state_dict_alone(rank: int) -> str:
+    """First on rank 0, then loading on rank 1."""
     warnings.simplefilter("ignore")
     model, optimizer = made("fsdp", SETTINGS[0], seed=5)
     meshes.train_exactly(model, optimizer, "fsdp", range(1))
-    message = ""
+    state = optimizer.state_dict()
     store: Any = dist.distributed_c10d._get_default_store()
-    if rank == 1:  # busy with something else
-        store.wait(["error"], timedelta(seconds=30))
-    else:
-        warned = pytest.warns(UserWarning, match=r"state_dict\(\) is waiting for ranks 1")
-        with warned, pytest.raises(RuntimeError) as error:
-            optimizer.state_dict()
-        message = str(error.value)
-        store.set("error", "")
-    first = optimizer.state_dict()  # together it works, also after that
-    second = optimizer.state_dict()
-    for one, other in zip(first["state"].values(), second["state"].values(), strict=True):
-        assert torch.equal(one["exp_avg"]._local_tensor, other["exp_avg"]._local_tensor)
-    return message
+    busy = [timedelta(seconds=30)]
+    if rank == 1:
+        store.wait(["saved"], *busy)
+    call = partial(optimizer.load_state_dict, state) if rank else optimizer.state_dict
+    waiting = pytest.warns(UserWarning, match=rf"state_dict\(\) is waiting for ranks {1 - rank}")
+    with waiting, pytest.raises(RuntimeError) as error:
+        call()
+    store.set("loaded" if rank else "saved", "")
+    if rank == 0:
+        store.wait(["loaded"], *busy)
+    for _ in range(2):  # together it works, also after that
+        optimizer.load_state_dict(optimizer.state_dict())
+    return str(error.value)
 
 
 def test_a_state_dict_of_one_rank_alone_is_an_error_and_no_hang() -> None:
-    message, _ = on_ranks(2, state_dict_alone, timeout=3)
-    assert "state_dict() is a collective call" in message
-    assert "ranks 1 have not called it" in message
+    for message in on_ranks(2, state_dict_alone, timeout=3):
+        assert "state_dict() is a collective call" in message
+    assert "and ranks 0 have not called it" in message
 
 
 def first_steps_of_dcp(rank: int) -> None:

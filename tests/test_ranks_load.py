@@ -207,6 +207,8 @@ def check_long_training(runs: int) -> None:
         reported = [[at.reported for at in found] for found, _, _ in ranks]
         assert len({sum(at) for at in zip(*reported, strict=True)}) == 1
         weights.append(ranks[0][1])
+        for _, others, _ in ranks[1:]:
+            assert all(map(torch.equal, weights[-1], others))
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert not multiprocessing.active_children()

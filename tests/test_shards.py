@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import inf, prod
+from math import prod
 from typing import Any
 
 import pytest
@@ -147,17 +147,6 @@ def test_capacity_holds_bernoulli_sets(cells: int, density: float) -> None:
     sizes = [len(active_cells(cells, density, episode=episode, **words)) for episode in range(50)]
     assert max(sizes) <= room <= cells
     assert room <= density * cells + 10 * (density * cells) ** 0.5 + 10
-
-
-def norms_on_ranks(p: float) -> list[Tensor]:
-    return [torch.full((3, 2), 2.0), torch.ones(5)]
-
-
-@pytest.mark.parametrize("p", [0.0, 1.0, 2.0, 3.5, inf, -inf])
-def test_the_norm_of_plain_tensors_is_torchs(p: float) -> None:
-    gradients = norms_on_ranks(p)
-    ours = shards.total_norm([(grad, grad) for grad in gradients], p)
-    assert torch.equal(ours, torch.nn.utils.get_total_norm(gradients, p))
 
 
 def test_partial_parameters_are_refused() -> None:

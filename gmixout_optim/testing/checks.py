@@ -202,9 +202,7 @@ def check_sizes(optimizer: GMixoutOptimizer) -> None:
                     12, f"the {name} has shape {tuple(item.shape)}, {size} are active", member.name
                 )
         state = base.state.get(member.param, {})
-        wrong = set()
-        if packed and shape != size:
-            wrong = per_cell_state(base, state, shape)
+        wrong = per_cell_state(base, state, shape) if packed and shape != size else set()
         if wrong:
             raise InvariantError(
                 12, f"the base keeps {sorted(wrong)} of all weights, not of S", member.name
