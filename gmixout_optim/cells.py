@@ -341,18 +341,16 @@ class Packing(NamedTuple):
         spare = self.room - self.size
         return torch.nn.functional.pad(packed, (0, spare)) if spare else packed
 
-    def part(self, vector: Any) -> Any:
-        """What the rank has of a vector; anything else, and one of another size, as it is.
+    def fits(self, vector: Tensor) -> bool:
+        """Whether it is such a vector; older state dicts have no spare room in them."""
+        return vector.shape[0] in (self.size, self.room)
 
-        Collective where it is a DTensor.
-        """
-        is_vector = isinstance(vector, Tensor) and vector.ndim == 1
-        if not is_vector or vector.shape[0] not in (self.size, self.room):
-            return vector
+    def part(self, vector: Tensor) -> Tensor:
+        """What the rank has of a vector that fits. Collective where that is a DTensor."""
         whole = shards.whole_of(vector)
-        return (
-            whole[: self.size] if self.places is None else whole.to(self.places.device)[self.places]
-        )
+        if self.places is None:
+            return whole[: self.size]
+        return whole.to(self.places.device)[self.places]
 
 
 class Cells:

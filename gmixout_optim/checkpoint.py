@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from numbers import Real
@@ -26,9 +26,29 @@ from gmixout_optim.members import Member, Slot, name_of, parameters
 from gmixout_optim.param_groups import unwrapped
 from gmixout_optim.residual import slot_of
 from gmixout_optim.settings import KEY, check_anchor_decay, check_saved_run, up_to_date
-from gmixout_optim.shards import is_dtensor, like, local_of, placed_like
+from gmixout_optim.shards import any_of_ranks, is_dtensor, like, local_of, placed_like
 
 Groups = list[dict[str, Any]]
+
+
+def form_of_state(layout: Layout) -> list[Any]:
+    """What a state dict would hold, but for the values of tensors."""
+    run, state = layout.members.run.shown, layout.base.state
+    return [
+        run,
+        *(
+            (member.name, member.param.shape, sorted(state.get(member.param, {}).keys() - {KEY}))
+            for member in layout.members.trained()
+        ),
+    ]
+
+
+def form_of(leaves: Sequence[Any]) -> list[Any]:
+    """What decides how a state dict is taken: its numbers, and the forms of its tensors."""
+    return [
+        (leaf.shape, leaf.dtype, is_dtensor(leaf)) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
+    ]
 
 
 def make_state_dict(layout: Layout) -> dict[str, Any]:
@@ -39,10 +59,15 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
     """
     base, members = layout.base, layout.members
     layout.pack_state()
+    trained = members.trained()
+    for each in trained:
+        each.notice()
+    flags = [slot_of(each).foreign for each in trained]
+    written = dict(zip(trained, any_of_ranks(flags, [m.param for m in trained]), strict=True))
     state: dict[Any, Any] = {
         key: value for key, value in base.state.items() if not isinstance(key, Tensor)
     }
-    run = {**members.run.shown, "trained": len(members.trained())}
+    run = {**members.run.shown, "trained": len(trained)}
     groups: Groups = [{**group, "params": [], KEY: dict(run)} for group in base.param_groups]
     saved_as = {id(group): saved for group, saved in zip(base.param_groups, groups, strict=True)}
     for number, group, _, param in parameters(base.param_groups):
@@ -50,10 +75,8 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
         entry = {key: item for key, item in base.state.get(param, {}).items() if key != KEY}
         member = members.get(param)
         if member is not None and member.slot is not None:
-            member.notice()
             entry = _joined(layout, member, entry)
-            if member.slot.foreign:
-                entry[KEY]["written"] = 1
+            entry[KEY]["written"] = int(written[member])
         elif member is not None and entry:
             entry[KEY] = {"trained": 0}  # the base's state is not packed yet
         elif not keeps_state(base, group) and members.trained():
@@ -276,7 +299,20 @@ def _checked_entry(
     if member is not None and was_mixed and kept.get("trained") != 0:
         _check_number(member, kept, name)
         index = member.cells.draw(run["seed"], run["episode"])
-        part = member.cells.packing(index, run["seed"], run["episode"]).part
+        packing = member.cells.packing(index, run["seed"], run["episode"])
+
+        def part(item: Any) -> Any:
+            is_vector = isinstance(item, Tensor) and item.ndim == 1
+            if not is_vector or (not packing.fits(item) and not is_dtensor(param)):
+                return item  # other checks refuse what does not fit
+            if not packing.fits(item):
+                raise ValueError(
+                    f"state_dict holds a vector of {len(item)} values for {name}, of which "
+                    f"{packing.size} are active: it is what one rank had, or belongs to another "
+                    "model or other settings"
+                )
+            return packing.part(item)
+
         kept = {
             key: local_of(_held(param, item)) if is_whole(layout.residual, key) else part(item)
             for key, item in kept.items()

@@ -170,7 +170,7 @@ class Layout(ABC):
         if len(trained) != self._sorted:
             self._sorted = len(trained)
             self._spread = {id(m.param) for m in trained if m.cells.is_distributed}
-            held = [member for member in trained if member.cells.grid.cells]
+            held = [member for member in trained if len(member.index())]
             self._largest = sorted(held, key=lambda m: m.cells.grid.cells)[-_WITNESSES:]
         self._witnesses = [
             (member, _first_weights(member)) for member in self._largest if member.slot is not None

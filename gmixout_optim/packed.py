@@ -211,11 +211,13 @@ class PackedLayout(Layout):
         """Take of whole tensors in the base's state what is on the active cells."""
         state, cells = self.base.state.get(member.param), member.cells
         shape, anchor = cells.form[1], slot_of(member).anchor
-        if not state or (shape == anchor.shape and not cells.is_distributed):
+        if not state:
             return
         if not any(isinstance(item, Tensor) and item.shape == shape for item in state.values()):
             return  # as ever
         for key in per_cell_state(self.base, state, shape):
-            if is_dtensor(state[key]) == cells.is_distributed:
-                packed = mixing.gather(cells.grid.view(local_of(state[key])), member.index())
+            item = state[key]
+            is_packed = shape == anchor.shape and item.dtype == anchor.dtype
+            if is_dtensor(item) or not (cells.is_distributed or is_packed):
+                packed = mixing.gather(cells.grid.view(local_of(item)), member.index())
                 state[key] = packed.to(anchor.dtype)

@@ -107,14 +107,21 @@ def _groups_of(params: Sequence[Tensor]) -> Iterator[tuple[list[Any], torch.devi
     the dimensions of each mesh, or DDP's; and the device on which they communicate."""
     meshes = meshes_of(params)
     for mesh in meshes:
-        groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
-        yield groups, torch.device(mesh.device_type)
+        yield _groups_of_mesh(mesh), _device_of(mesh)
     if meshes or distributed.get_world_size() == 1:
         return
     own = set(map(id, params))
     for found in _instances_of(DistributedDataParallel):
         if any(id(param) in own for param in found.parameters()):
             yield [found.process_group], found.device or params[0].device
+
+
+def _groups_of_mesh(mesh: Any) -> list[Any]:
+    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+
+
+def _device_of(mesh: Any) -> torch.device:
+    return torch.device(mesh.device_type)
 
 
 def _instances_of(kind: type) -> list[Any]:
@@ -143,15 +150,33 @@ def check_not_replaced(params: Iterable[Tensor]) -> None:
         )
 
 
-def wait_for_all(params: Iterable[Tensor], call: str) -> None:
-    """Wait until all ranks that hold pieces of parameters are in the same call.
+def meet(tensors: Iterable[Any], call: str, facts: object) -> None:
+    """Wait until all ranks that hold pieces of tensors are in the same call, and for the same.
 
     Collectives of ranks in different calls would pair up, or hang.
 
+    Args:
+        facts: what decides which collectives follow. Its ``repr`` is compared.
+
     Raises:
-        RuntimeError: they are not there within the timeout of the process group.
+        RuntimeError: the others are not there within the timeout of the process group, or have
+            other facts: then on all ranks.
     """
-    meshes = meshes_of(params)
+    meshes = meshes_of(tensors)
+    _wait_for_all(meshes, call)
+    own = [distributed.get_rank(), _number_of((call, facts))] if meshes else []
+    tables = [_gathered(own, _groups_of_mesh(mesh), _device_of(mesh)) for mesh in meshes]
+    others = sorted({row[0] for table in tables for row in table if row[1] != own[1]})
+    if others:
+        raise RuntimeError(
+            f"{call}: ranks {str(others)[1:-1]} are in another call, or have other parameters, "
+            f"state or counters than rank {own[0]}. All ranks have to call it on the same "
+            "optimizer, in the same order, with a state dict of the same run; and parameters have "
+            "to be trained on all of their ranks or on none"
+        )
+
+
+def _wait_for_all(meshes: list[Any], call: str) -> None:
     ranks = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
     if len(ranks) < 2:
         return

@@ -166,12 +166,16 @@ def joined(param: Tensor, values: Tensor, places: Tensor, size: int) -> Tensor:
     )
 
 
-def is_nonzero(tensor: Tensor) -> bool:
-    """Whether any element is, on any rank. Collective where it is in pieces."""
-    flag = local_of(tensor).any()
-    if is_dtensor(tensor):
-        flag = _reduced(tensor, flag.to(torch.int32), "MAX")
-    return bool(flag)
+def any_of_ranks(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
+    """Whether flags are set on any rank that has a piece of any of the parameters. Collective."""
+    from torch import distributed
+
+    numbers = torch.tensor(flags, dtype=torch.int32)
+    for mesh in meshes_of(params):
+        numbers = numbers.to(mesh.device_type)
+        for dim in range(mesh.ndim):
+            distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return list(map(bool, numbers.tolist()))
 
 
 def total_norm(gradients: Sequence[tuple[Tensor, Tensor]], norm_type: float) -> Tensor:
@@ -245,7 +249,10 @@ def reshard(params: set[int]) -> None:
     from torch.distributed._composable_state import _module_state_mapping
 
     for module in list(_module_state_mapping):
-        if isinstance(module, fsdp.FSDPModule) and not params.isdisjoint(_pieces_of(module)):
+        if not isinstance(module, fsdp.FSDPModule) or params.isdisjoint(_pieces_of(module)):
+            continue
+        # A step in a hook of backward, which needs the weights still: FSDP2 reshards at its end.
+        if module._get_fsdp_state()._training_state.name == "IDLE":
             module.reshard()
 
 

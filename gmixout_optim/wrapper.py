@@ -25,7 +25,7 @@ from gmixout_optim.members import Member, Members, parameters
 from gmixout_optim.packed_gradient import own_gradients
 from gmixout_optim.report import Report, make_report
 from gmixout_optim.shards import (
-    is_nonzero,
+    any_of_ranks,
     like,
     local_of,
     mesh_of,
@@ -270,7 +270,11 @@ class WrappingOptimizer(Optimizer):
         self._bind()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        ranks.wait_for_all((m.param for m in self._members.trained()), "state_dict()")
+        ranks.meet(
+            (member.param for member in self._members),
+            "state_dict()",
+            checkpoint.form_of_state(self._layout),
+        )
         with torch.no_grad():
             state_dict = checkpoint.make_state_dict(self._layout)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -295,7 +299,8 @@ class WrappingOptimizer(Optimizer):
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 changed = pre_hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-        ranks.wait_for_all(tree_leaves(state_dict), "load_state_dict()")
+        leaves = tree_leaves(state_dict)
+        ranks.meet(leaves, "load_state_dict()", checkpoint.form_of(leaves))
         checkpoint.take_state_dict(self._layout, state_dict)
         self._has_met = False
         self._members.release()  # until the next step: what they held is given up
@@ -440,17 +445,16 @@ class WrappingOptimizer(Optimizer):
 
         Its learning rates and gradients are zero, and it is no step of the training.
         """
-        return (
-            self._run.episode == self._run.steps_in_episode == 0
-            and not self._members.trained()
-            and all(map(lr_is_zero, self.param_groups))
-            and not any(
-                is_nonzero(param.grad)
-                for group in self.param_groups
-                for param in group["params"]
-                if param.grad is not None
-            )
-        )
+        if (
+            self._run.episode > 0
+            or self._run.steps_in_episode > 0
+            or self._members.trained()
+            or not all(map(lr_is_zero, self.param_groups))
+        ):
+            return False
+        params = [param for *_, param in parameters(self.param_groups)]
+        grads = [local_of(param.grad) for param in params if param.grad is not None]
+        return not any(any_of_ranks([any(bool(grad.any()) for grad in grads)], params))
 
     def _check_may_train(self, call: str) -> None:
         self._refuse_while_evaluating(call)

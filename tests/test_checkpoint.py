@@ -420,3 +420,19 @@ def test_what_wrappers_of_a_module_add_to_names_does_not_matter(prefix: str) -> 
     train(model, optimizer, range(6, 12))
     train(resumed_model, resumed, range(6, 12))
     assert_equal(weights(model), weights(resumed_model))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_state_of_a_narrow_tensor_that_is_active_as_a_whole_is_widened(kind) -> None:
+    """A base that has stepped keeps it in the parameter's dtype; packed, it is float32."""
+    params = [nn.Parameter(torch.ones(1, dtype=torch.bfloat16)) for _ in range(2)]
+    base = kind(params, lr=0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    base.step()
+    optimizer = GMixoutOptimizer(base, mask_prob=0.2)
+    optimizer.step()
+    for param in params:
+        moments = [item for item in base.state[param].values() if item.ndim > 0]
+        assert moments
+        assert all(item.dtype == torch.float32 for item in moments)

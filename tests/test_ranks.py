@@ -646,3 +646,45 @@ def hooks_left(rank: int) -> list[int]:
 
 def test_optimizers_that_are_gone_leave_no_hooks() -> None:
     assert not any(map(sum, on_ranks(2, hooks_left)))
+
+
+class Middle(nn.Module):
+    """A weight of the root between two modules that FSDP2 gathers for themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(5, 40), nn.Linear(40, 2)])
+        self.middle = nn.Linear(40, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.blocks[1](torch.tanh(self.middle(torch.tanh(self.blocks[0](x)))))
+        return out
+
+
+def stepped_in_backward(rank: int) -> list[Tensor]:
+    """An optimizer for each parameter, which steps as soon as there is a gradient."""
+    warnings.simplefilter("ignore")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = Middle().double()
+    spread = "fsdp" if dist.is_initialized() else "one"
+    model = meshes.SPREADS[spread](model)
+    for param in model.parameters():
+        optimizer = GMixoutOptimizer(torch.optim.AdamW([param], lr=0.01), resample_every=2)
+
+        def step(param: Tensor, optimizer: Any = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        param.register_post_accumulate_grad_hook(step)
+    for step_ in range(5):
+        x, y = meshes.batch(step_)
+        part = meshes.part_of_batch(spread, len(x))
+        (model(x[part]) - y[part]).square().mean().backward()
+    return meshes.whole_weights(model)
+
+
+def test_steps_in_backward() -> None:
+    expected = stepped_in_backward(0)
+    for ours in on_ranks(2, stepped_in_backward):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)

@@ -338,3 +338,68 @@ def odd_bits(rank: int) -> Any:
 
 def test_bits_are_kept() -> None:
     on_ranks(2, odd_bits)
+
+
+# Calls that do not belong together
+
+
+def crossed(rank: int, how: str) -> str:
+    """The error that a rank gets; none where all is well."""
+    warnings.simplefilter("ignore")
+    first, second = (made("fsdp", SETTINGS[0], seed=5) for _ in range(2))
+    for place, pair in enumerate((first, second)):
+        meshes.train_exactly(*pair, "fsdp", range(1 + place))
+    state = first[1].state_dict()
+    try:
+        if how == "saved in another order":
+            (second, first)[rank][1].state_dict()
+        elif how == "damaged on one rank":
+            if rank == 1:
+                del state["state"][0]["gmixout"]["anchor"]
+            first[1].load_state_dict(state)
+        elif how == "other values on one rank":
+            state["param_groups"][0]["gmixout"]["episode"] += rank
+            first[1].load_state_dict(state)
+        elif how == "what a rank had":
+            for entry in state["state"].values():
+                entry["exp_avg"] = entry["exp_avg"].to_local().clone()
+            first[1].load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        meshes.train_exactly(*first, "fsdp", range(1))  # it goes on as if nothing had been
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("saved in another order", "state_dict(): ranks {other} are in another call"),
+        ("damaged on one rank", "load_state_dict(): ranks {other} are in another call"),
+        ("other values on one rank", "load_state_dict(): ranks {other} are in another call"),
+        ("what a rank had", "it is what one rank had"),
+    ],
+)
+def test_calls_that_do_not_belong_together_are_refused(how: str, expected: str) -> None:
+    for rank, error in enumerate(on_ranks(2, crossed, how, timeout=20)):
+        assert expected.format(other=1 - rank) in error
+
+
+def written_and_resumed(rank: int, folder: str) -> float:
+    """Weights that were loaded after the last step are deployed as they are, after a resume too."""
+    warnings.simplefilter("ignore")
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    meshes.train_exactly(model, optimizer, "fsdp", range(SAVED_AT))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(0.25)
+    dcp.save(by_name({"0": get_state_dict(model, optimizer)}), checkpoint_id=folder)
+    model, optimizer = made("fsdp", SETTINGS[0], seed=5)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load(by_name({"0": (weights, state)}), checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    optimizer.consolidate()
+    return max(float((param - 0.25).abs().max()) for param in meshes.whole_weights(model))
+
+
+def test_that_weights_were_written_is_resumed(tmp_path: Path) -> None:
+    assert on_ranks(2, written_and_resumed, str(tmp_path)) == [0.0, 0.0]

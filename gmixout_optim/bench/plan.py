@@ -171,21 +171,20 @@ def _redraw_bytes(active: int, indices: int, size: int, kept_size: int) -> int:
 
 # Of an active element of a rank: int64 numbers from which its place in the packed vector of the
 # whole tensor is computed, and that place.
-_PLACING, _PLACE = 44, 8
+_PLACING, _PLACE = 57, 8
 
 
 def _saving_bytes(shares: Sequence[Share], shards: int, vectors: int, kept_size: int) -> int:
     """The state dict's vectors grow tensor by tensor, and beside them lies what one tensor takes:
-    its whole index set, drawn or searched, or a whole packed vector, twice where it has to be
-    padded to be scattered."""
+    the places of its active elements as they are computed, or a whole packed vector, twice where
+    it has to be padded to be scattered."""
     made = most = 0
     for share in shares:
-        made += vectors * -(-share.packed // shards)
-        drawing = 2 * share.packed_indices
-        placing = share.packed_indices + _PLACING * share.active
+        own = vectors * -(-share.packed // shards)
         copies = 1 if share.packed % shards == 0 else 2
-        joining = copies * kept_size * share.packed + _PLACE * share.active
-        most = max(most, made + max(drawing, placing, joining))
+        joining = copies * kept_size * (share.packed + share.active) + _PLACE * share.active
+        most = max(most, made + _PLACING * share.active, made + own + joining)
+        made += own
     return most
 
 

@@ -72,8 +72,7 @@ class Share:
         active, most: active elements, on average over episodes and at most.
         indices, most_indices: bytes of the index set, likewise.
         drawn: active cells, on average.
-        packed, packed_indices: active elements of the whole tensor, and bytes of its index set as
-            int32, in which ranks find where theirs lie when they save.
+        packed: active elements of the whole tensor.
     """
 
     weights: int
@@ -83,7 +82,6 @@ class Share:
     most_indices: int
     drawn: int
     packed: int
-    packed_indices: int
 
     @classmethod
     def of(
@@ -127,5 +125,4 @@ class Share:
             most_indices=most * address,
             drawn=round(average),
             packed=active * whole.width,
-            packed_indices=4 * active,
         )
