@@ -232,7 +232,11 @@ def test_timm_factory(name: str, grad_layout: str) -> None:
             by.zero_grad()
             of(data.inputs, data.labels)["loss"].backward()
             by.step()
-    assert_equal(weights(model), weights(resumed_model))
+    if grad_layout == "active":
+        # After consolidate(), with which train() ends, the first gradients are dense.
+        torch.testing.assert_close(weights(model), weights(resumed_model))
+    else:
+        assert_equal(weights(model), weights(resumed_model))
 
 
 # TensorBoard
