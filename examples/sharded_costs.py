@@ -1,6 +1,6 @@
 """What an optimizer keeps on each rank under FSDP2, and what its state dict takes: measured.
 
-MALLOC_MMAP_THRESHOLD_=131072 torchrun --nproc-per-node 2 examples/sharded_costs.py
+torchrun --nproc-per-node 2 examples/sharded_costs.py
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.bench.models.llama import Llama, LlamaConfig
@@ -37,24 +38,25 @@ def local_bytes(item: Any) -> int:
     return item.to_local().nbytes if isinstance(item, DTensor) else item.nbytes
 
 
-def memory(name: str) -> float:
-    """VmRSS, what this process has in memory, or VmHWM, the most that it had: MB."""
-    (line,) = (
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
-    )
-    return int(line.split()[1]) * 1024 / MB
-
-
-def peak_and_time(call: Callable[[], Any]) -> tuple[float, float]:
-    """MB beyond what the process had before, while a call runs, and the seconds that this process
-    computes; it may wait for others."""
+def peak(call: Callable[[], Any]) -> float:
+    """MB of tensors beyond those that the process had before, while a call runs."""
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = memory("VmRSS"), time.process_time()
-    result = call()
-    seconds = time.process_time() - start
-    del result
-    return memory("VmHWM") - before, seconds
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most / MB
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """That this process computes in a call; it may wait for others."""
+    dist.barrier()
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def measure(grad_layout: str | None, folder: Path) -> dict[str, float]:
@@ -90,13 +92,13 @@ def measure(grad_layout: str | None, folder: Path) -> dict[str, float]:
         }
     found["state dict"] = local_bytes(optimizer.state_dict())
     found = {key: value / MB for key, value in found.items()}
-    peaks, seconds = zip(*(peak_and_time(optimizer.state_dict) for _ in range(3)), strict=True)
-    found |= {"peak of state_dict()": max(peaks), "seconds of state_dict()": min(seconds)}
+    found["seconds of state_dict()"] = min(seconds(optimizer.state_dict) for _ in range(3))
+    found["peak of state_dict()"] = peak(optimizer.state_dict)
 
     def save() -> None:
         dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
 
-    found["peak of saving"], found["seconds of saving"] = peak_and_time(save)
+    found["seconds of saving"] = seconds(save)
     found["checkpoint"] = sum(file.stat().st_size for file in folder.iterdir()) / MB
     return found
 
