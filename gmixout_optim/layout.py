@@ -42,7 +42,7 @@ class Layout(ABC):
         self._witnesses: list[tuple[Member, Tensor]] = []
         self._largest: list[Member] = []  # of so many trained ones
         self._sorted = 0
-        self._spread: set[int] = set()  # ids of those in pieces
+        self._spread: list[Member] = []  # those in pieces
 
     @abstractmethod
     def step(self, closure: Closure | None) -> Any:
@@ -169,14 +169,14 @@ class Layout(ABC):
         trained = self.members.trained()
         if len(trained) != self._sorted:
             self._sorted = len(trained)
-            self._spread = {id(m.param) for m in trained if m.cells.is_distributed}
+            self._spread = [member for member in trained if member.cells.is_distributed]
             held = [member for member in trained if len(member.index())]
             self._largest = sorted(held, key=lambda m: m.cells.grid.cells)[-_WITNESSES:]
         self._witnesses = [
             (member, _first_weights(member)) for member in self._largest if member.slot is not None
         ]
         if self._spread:
-            reshard(self._spread)
+            reshard({id(member.param) for member in self._spread})
         for member in trained:
             slot = slot_of(member)
             slot.version = member.cells.version

@@ -25,7 +25,7 @@ from gmixout_optim.warn import warn
 # Seconds of waiting for other ranks before a warning says so.
 _PATIENCE = 30.0
 
-# How often some ranks have met in wait_for_all().
+# How often some ranks have met in meet().
 _rounds: dict[str, int] = {}
 
 

@@ -95,7 +95,7 @@ def ranks_running(
 
 
 def on_ranks(
-    size: int, work: Callable[..., Any], *args: Any, limit: float = 60, timeout: float = 60
+    size: int, work: Callable[..., Any], *args: Any, limit: float = 120, timeout: float = 60
 ) -> list[Any]:
     """What ``work(rank, *args)`` returns in each of ``size`` processes, see :func:`ranks_running`.
 
