@@ -10,6 +10,7 @@ import torch
 
 from gmixout_optim.cells import Granularity, Grid
 from gmixout_optim.index_sets import MAX_CELLS, active_count
+from gmixout_optim.shards import Piece
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,11 @@ class Share:
         active = active_count(whole.cells, density)
         rows = -(-shape[0] // shards) if shape else 1
         weights = rows * prod(shape[1:])
-        is_cut = weights % whole.inner != 0  # blocks of elements: kept as single ones
+        sizes = (rows, *shape[1:]) if shape else ()
+        offsets = (0,) * len(shape)
+        piece = Piece(tuple(shape), offsets, sizes) if sizes != tuple(shape) else None
+        local = Grid.of(torch.empty(sizes, device="meta"), granularity, piece)
+        is_cut = local.inner < whole.inner  # blocks of elements: kept as single ones
         if whole.outer > 1:  # columns: each shard has a piece of all of them
             width, average, most = rows * whole.inner, float(active), active
         else:
@@ -110,12 +115,6 @@ class Share:
             average = active * weights / (whole.cells * width)
             # A set has one cell in each stratum.
             most = min(active, touched, 1 + -(-(touched - 1) * active // whole.cells))
-        local = whole._replace(
-            shape=(rows, *shape[1:]) if shape else (),
-            outer=rows if whole.outer > 1 else 1,
-            inner=1 if is_cut else whole.inner,
-            cells=weights if is_cut else weights // width,
-        )
         address = local.address_dtype.itemsize * (width if is_cut else 1)
         return cls(
             weights=weights,
