@@ -339,10 +339,10 @@ def runs_of_block(
     cut = [dim for dim, (n, s) in enumerate(zip(shape, sizes, strict=True)) if s < n]
     last = cut[-1] if cut else 0
     stride = prod(shape[last + 1 :])
-    starts = torch.tensor([offsets[last] * stride if shape else 0])
+    starts = torch.tensor([offsets[last] * stride if shape else 0], device="cpu")
     for dim in reversed(range(last)):
         stride *= shape[dim + 1]
-        more = torch.arange(offsets[dim], offsets[dim] + sizes[dim]) * stride
+        more = torch.arange(offsets[dim], offsets[dim] + sizes[dim], device="cpu") * stride
         starts = (more[:, None] + starts).view(-1)
     return starts, prod(sizes[last:])
 

@@ -170,7 +170,7 @@ def any_of_ranks(flags: Sequence[bool], params: Sequence[Tensor]) -> list[bool]:
     """Whether flags are set on any rank that has a piece of any of the parameters. Collective."""
     from torch import distributed
 
-    numbers = torch.tensor(flags, dtype=torch.int32)
+    numbers = torch.tensor(flags, dtype=torch.int32, device="cpu")
     for mesh in meshes_of(params):
         numbers = numbers.to(mesh.device_type)
         for dim in range(mesh.ndim):

@@ -1,4 +1,5 @@
-"""Hypothesis profiles: quick by default, thorough in CI or with HYPOTHESIS_PROFILE=thorough."""
+"""Hypothesis profiles: quick by default, other examples each time in CI, more of them with
+HYPOTHESIS_PROFILE=thorough."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from hypothesis import HealthCheck, settings
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("quick", max_examples=25, derandomize=True, **_COMMON)
+settings.register_profile("ci", max_examples=30, **_COMMON)
 settings.register_profile("thorough", max_examples=60, **_COMMON)
 settings.load_profile(
-    os.environ.get("HYPOTHESIS_PROFILE", "thorough" if os.environ.get("CI") else "quick")
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "quick")
 )
 
 
