@@ -222,7 +222,7 @@ class WrappingOptimizer(Optimizer):
                 used.append((param, self._layout.active_gradient(member)))
         norm = total_norm(used, norm_type)
         for mesh in {mesh_of(param) for param in params}:
-            some = [param for param in params if mesh_of(param) is mesh]
+            some = [param for param in params if mesh_of(param) == mesh]
             clip_grads_with_norm_(some, max_norm, norm)
         return norm
 
