@@ -79,7 +79,7 @@ def make_state_dict(layout: Layout) -> dict[str, Any]:
             entry[KEY]["written"] = int(written[member])
         elif member is not None and entry:
             entry[KEY] = {"trained": 0}  # the base's state is not packed yet
-        elif not keeps_state(base, group) and members.trained():
+        elif not keeps_state(base, group) and trained:
             # Tools want an entry of all parameters, or of none.
             entry[KEY] = {"mixed": 0}
         if entry:
@@ -104,9 +104,9 @@ def _joined(layout: Layout, member: Member, entry: dict[str, Any]) -> dict[str, 
 
 def _held(param: Tensor, tensor: Any) -> Any:
     """A tensor of the shape of a parameter, in its pieces; anything else as it is."""
-    is_whole = isinstance(tensor, Tensor) and tensor.shape == param.shape
-    spread = is_whole and (is_dtensor(tensor) or is_dtensor(param))
-    return placed_like(tensor, param) if spread else tensor
+    fits = isinstance(tensor, Tensor) and tensor.shape == param.shape
+    is_spread = is_dtensor(tensor) or is_dtensor(param)
+    return placed_like(tensor, param) if fits and is_spread else tensor
 
 
 def take_state_dict(layout: Layout, given: Any) -> None:

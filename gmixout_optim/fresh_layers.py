@@ -24,16 +24,15 @@ def fresh_layers(params: Iterable[Tensor]) -> list[Tensor]:
     held = [local_of(param.detach()) for param in candidates]
     ends = numbers_of([end for piece in held for end in torch.aminmax(piece)])
     fresh, edged = [], []
-    for param, low, high in zip(candidates, ends[::2], ends[1::2], strict=True):
+    for param, piece, low, high in zip(candidates, held, ends[::2], ends[1::2], strict=True):
         if low == high:
             fresh.append(param)
         elif _ends_at_the_bound(param, max(-low, high)):
-            edged.append(param)
-    pieces = [local_of(param.detach()) for param in edged]
-    sizes = numbers_of([piece.float().square().mean() for piece in pieces])
+            edged.append((param, piece))
+    sizes = numbers_of([piece.float().square().mean() for _, piece in edged])
     return fresh + [
         param
-        for param, piece, size in zip(edged, pieces, sizes, strict=True)
+        for (param, piece), size in zip(edged, sizes, strict=True)
         if abs(size / (_bound(param) ** 2 / 3) - 1) < 6 * (0.8 / piece.numel()) ** 0.5 + 1e-3
     ]
 

@@ -222,10 +222,14 @@ def _check(cells: int, density: float, sampler: Sampler, start: int, stop: int) 
         raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}")
 
 
-def _rotation(key: int, cells: int) -> int:
-    """The random offset of the strata."""
+def _all_strata(
+    cells: int, density: float, seed: int, tensor: int, episode: int
+) -> tuple[int, _Partition, int]:
+    """A tensor's key in an episode, its strata, and the random offset by which they are rotated."""
+    key = episode_key(seed, tensor, episode)
     # All 64 bits: 32 are too few for a uniform place among up to 2**31 cells.
-    return _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
+    rotation = _finalise_int((key + _ROTATION_COUNTER * _GOLDEN) & _MASK_64) * cells >> 64
+    return key, _Partition(cells, active_count(cells, density)), rotation
 
 
 class Strata(NamedTuple):
@@ -245,9 +249,7 @@ def strata(
 ) -> Strata:
     """Those of ``range(start, stop)``, which is not empty. The arguments are those of
     :func:`active_cells`."""
-    key = episode_key(seed, tensor, episode)
-    whole = _Partition(cells, active_count(cells, density))
-    rotation = _rotation(key, cells)
+    key, whole, rotation = _all_strata(cells, density, seed, tensor, episode)
     first, count = _strata_in_range(whole, key, rotation, start, stop)
     return Strata(count, (key, first, rotation, cells, whole.size, whole.step, whole.shift))
 
@@ -259,9 +261,7 @@ def stratified_ordinals(
     that. The arguments are those of :func:`active_cells`."""
     if cell.numel() == 0:  # of a tensor without cells there are no strata
         return cell
-    key = episode_key(seed, tensor, episode)
-    whole = _Partition(cells, active_count(cells, density))
-    rotation = _rotation(key, cells)
+    key, whole, rotation = _all_strata(cells, density, seed, tensor, episode)
     first, _ = _strata_in_range(whole, key, rotation, 0, cells)
     position = cell - rotation
     ordinal = whole.of(torch.where(position < 0, position + cells, position)) - first
@@ -380,18 +380,16 @@ def active_cells_in_runs(
         )
         return torch.zeros_like(cell, dtype=torch.int64), cell.long() - start
     _check(cells, density, sampler, 0, cells)
-    key = episode_key(**words)
-    whole = _Partition(cells, active_count(cells, density))
+    key, whole, rotation = _all_strata(cells, density, **words)
     starts = starts.to(device)
     # Strata that a run can touch, see _Partition.of().
     touched = min(whole.size, length * whole.size // cells + 4)
     width = touched if sampler == "stratified" else length
+    counter = torch.arange(width, device=device)
     pieces = []
     for run in _chunks(0, len(starts), device, width):
         some = starts[run][:, None]
-        counter = torch.arange(width, device=device)
         if sampler == "stratified":
-            rotation = _rotation(key, cells)
             low = (some - rotation) % cells
             pick = _picks((whole.of(low) + counter) % whole.size, key, whole.step, whole.shift)
             place = (pick - low) % cells

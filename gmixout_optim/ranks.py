@@ -6,7 +6,7 @@ import gc
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from numbers import Real
@@ -150,21 +150,24 @@ def check_not_replaced(params: Iterable[Tensor]) -> None:
         )
 
 
-def meet(tensors: Iterable[Any], call: str, facts: object) -> None:
+def meet(tensors: Iterable[Any], call: str, facts: Callable[[], object]) -> None:
     """Wait until all ranks that hold pieces of tensors are in the same call, and for the same.
 
     Collectives of ranks in different calls would pair up, or hang.
 
     Args:
-        facts: what decides which collectives follow. Its ``repr`` is compared.
+        facts: returns what decides which collectives follow, whose ``repr`` is compared. Called
+            only where a tensor is a DTensor.
 
     Raises:
         RuntimeError: the others are not there within the timeout of the process group, or have
             other facts: then on all ranks.
     """
     meshes = meshes_of(tensors)
+    if not meshes:
+        return
     _wait_for_all(meshes, call)
-    own = [distributed.get_rank(), _number_of((call, facts))] if meshes else []
+    own = [distributed.get_rank(), _number_of((call, facts()))]
     tables = [_gathered(own, _groups_of_mesh(mesh), _device_of(mesh)) for mesh in meshes]
     others = sorted({row[0] for table in tables for row in table if row[1] != own[1]})
     if others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -273,7 +273,7 @@ class WrappingOptimizer(Optimizer):
         ranks.meet(
             (member.param for member in self._members),
             "state_dict()",
-            checkpoint.form_of_state(self._layout),
+            partial(checkpoint.form_of_state, self._layout),
         )
         with torch.no_grad():
             state_dict = checkpoint.make_state_dict(self._layout)
@@ -300,7 +300,7 @@ class WrappingOptimizer(Optimizer):
                 changed = pre_hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
         leaves = tree_leaves(state_dict)
-        ranks.meet(leaves, "load_state_dict()", checkpoint.form_of(leaves))
+        ranks.meet(leaves, "load_state_dict()", partial(checkpoint.form_of, leaves))
         checkpoint.take_state_dict(self._layout, state_dict)
         self._has_met = False
         self._members.release()  # until the next step: what they held is given up

@@ -401,6 +401,10 @@ def test_training_loops_are_those_of_the_first_granularity() -> None:
 def test_bad_options_are_refused(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    check_refused(arguments, message, capsys)
+
+
+def check_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refusal:
         main(arguments.split())
     assert refusal.value.code == 2

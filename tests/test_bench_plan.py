@@ -32,6 +32,7 @@ from gmixout_optim.cells import Cells
 from gmixout_optim.settings import KEY
 from gmixout_optim.shards import local_of
 from tests.ranks import needs_gloo, on_ranks
+from tests.test_bench import check_refused
 from tests.test_shards import piece_on, rank_of
 
 ROOT = Path(__file__).parents[1]
@@ -385,10 +386,7 @@ def test_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_options_are_refused(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as refusal:
-        main(arguments.split())
-    assert refusal.value.code == 2
-    assert message in capsys.readouterr().err
+    check_refused(arguments, message, capsys)
 
 
 def test_help_names_both_plans(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from gmixout_optim import GMixoutOptimizer
 from gmixout_optim.testing import InvariantError, check_invariants
+from tests.ranks import needs_gloo, on_ranks
 from tests.training import assert_equal, batch, loss_of, small_model, weights
 
 STEPS = 7
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(rank: int) -> list[torch.Tensor]:
     torch.manual_seed(rank)  # each rank has a generator of its own, as ranks do
     model = DistributedDataParallel(small_model())
     torch.manual_seed(100 + rank)
@@ -38,23 +33,16 @@ def _rank(rank: int, folder: str) -> None:
         optimizer.step()
         if step == 4:
             check_invariants(optimizer)
-    torch.save(weights(model.module), f"{folder}/{rank}.pt")
+    found = weights(model.module)
     optimizer._run.steps_in_episode += rank  # as a rank that has missed a step
     with pytest.raises(InvariantError, match="ranks differ in steps_in_episode"):
         check_invariants(optimizer)
-    dist.barrier()
-    os._exit(0)  # gloo's threads can keep a process from ending
+    return found
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_invariant_10_ddp_trains_as_one_process_does(tmp_path) -> None:
-    ranks = mp.spawn(_rank, (str(tmp_path),), nprocs=2, join=False)
-    until = time.monotonic() + 180
-    while not ranks.join(timeout=5):
-        if time.monotonic() > until:
-            for process in ranks.processes:
-                process.kill()
-            pytest.fail("a rank hangs")
+@needs_gloo
+def test_invariant_10_ddp_trains_as_one_process_does() -> None:
+    first, second = on_ranks(2, _rank)
     model = small_model()
     optimizer = GMixoutOptimizer(
         torch.optim.AdamW(model.named_parameters(), lr=0.05),
@@ -66,13 +54,12 @@ def test_invariant_10_ddp_trains_as_one_process_does(tmp_path) -> None:
         optimizer.zero_grad()
         loss_of(model, step).backward()
         optimizer.step()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert_equal(first, second)
     for ours, theirs in zip(weights(model), first, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_fsdp1_is_refused_before_anything_changes(use_orig_params: bool) -> None:
     """Its own checkpoint call fails on the wrapper's state; found at construction, not then."""

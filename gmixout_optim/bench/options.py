@@ -114,12 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the weights that trains, 1 - p",
     )
     add_cells(parser, ["dense", "packed"])
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the parameters",
-    )
+    add_training(parser)
     add(
         "--stochastic-rounding",
         action="store_true",
@@ -129,13 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         "--compile",
         action="store_true",
         help="measure the compiled step too (it takes minutes to compile)",
-    )
-    add(
-        "--resample-every",
-        type=positive,
-        default=20,
-        metavar="K",
-        help="steps over which a redraw is spread",
     )
     add("--rounds", type=rounds, default=30, help="measured steps of each optimizer")
     add(
@@ -191,6 +179,23 @@ def add_cells(parser: argparse.ArgumentParser, grad_layouts: list[str]) -> None:
         nargs="+",
         default=grad_layouts,
         help="how gradients are kept",
+    )
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and how often index sets are redrawn."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the parameters",
+    )
+    parser.add_argument(
+        "--resample-every",
+        type=positive,
+        default=20,
+        metavar="K",
+        help="steps over which a redraw is spread",
     )
 
 

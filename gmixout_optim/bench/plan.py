@@ -16,7 +16,14 @@ import torch
 
 from gmixout_optim.bench.bytes import Bytes
 from gmixout_optim.bench.models import llama_shapes, shapes_of
-from gmixout_optim.bench.options import PROGRAM, add_cells, density, model_name, positive
+from gmixout_optim.bench.options import (
+    PROGRAM,
+    add_cells,
+    add_training,
+    density,
+    model_name,
+    positive,
+)
 from gmixout_optim.bench.sharding import Sharding, Share
 from gmixout_optim.bench.table import pipe_table
 from gmixout_optim.cells import Granularity
@@ -331,18 +338,6 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the weights that trains, 1 - p",
     )
     add_cells(parser, ["dense"])
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the parameters",
-    )
-    add(
-        "--resample-every",
-        type=positive,
-        default=20,
-        metavar="K",
-        help="steps over which a redraw is spread",
-    )
+    add_training(parser)
     add("--json", action="store_true", help="print JSON, in bytes, instead of tables")
     return parser
